@@ -1,0 +1,3 @@
+//! Limits: what a key, a route, a model and the whole gateway may use.
+
+pub mod dimension;

@@ -1,0 +1,1 @@
+//! Node simulator and load generator for Tollgate.

@@ -1,0 +1,2 @@
+//! The `tollgate-load` command.
+fn main() {}

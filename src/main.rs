@@ -1,0 +1,2 @@
+//! Tollgate: an AI gateway on Pingora.
+fn main() {}
