@@ -1,3 +1,28 @@
 //! Limits: what a key, a route, a model and the whole gateway may use.
+//!
+//! One [`Plan`] says which rules bind a call. [`Ledger::reserve`] decides all of them in one atomic step: either every
+//! counter takes the call, or none changes. The [`Reservation`] that comes back is settled exactly once, by
+//! [`Reservation::settle`] or, on any other way out, by its `Drop`.
+//!
+//! - `dimension` the words of the configuration, `rule` a scope with its limits
+//! - `window`, `calendar` the pure state machines, time as an argument
+//! - `memory` the counters of one process; `reservation` the ledger in front of the store
+//! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
 
+mod calendar;
+pub mod clock;
 pub mod dimension;
+pub mod guess;
+pub mod headers;
+pub mod memory;
+pub mod quota;
+pub mod reservation;
+pub mod rule;
+mod standing;
+mod window;
+
+pub use clock::{Clock, Instant64, ManualClock, SystemClock};
+pub use dimension::{Dimension, Limit, Limits};
+pub use reservation::{Decision, Estimate, Ledger, Reservation};
+pub use rule::{Plan, Rule, RuleSet, Scope, ScopeId};
+pub use standing::{Standing, Standings};

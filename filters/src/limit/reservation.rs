@@ -1,0 +1,246 @@
+//! The ledger: one reservation per call, settled exactly once whatever becomes of the call.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::clock::{Clock, Instant64, SystemClock};
+use super::guess::Guesses;
+use super::memory::{LeaseId, MemoryStore, Verdicts};
+use super::rule::{Plan, ScopeId};
+use super::standing::Standings;
+use crate::error::{GatewayError, Refusal, Result};
+use crate::usage::Usage;
+
+/// What a call will probably use, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Estimate {
+    /// The prompt, by the estimator. Reserved whole, and charged if the call is dispatched and nothing better is known.
+    pub prompt: u64,
+    /// The answer: `max_tokens` × `n`, or a learned guess ([`Guesses::get`]). Clamped, so that it alone never refuses a
+    /// call for good.
+    pub completion: u64,
+}
+
+/// Where the counters are.
+#[derive(Debug)]
+enum Store {
+    /// In this process.
+    Memory(MemoryStore),
+}
+
+struct Inner {
+    store: Store,
+    clock: Arc<dyn Clock>,
+    guesses: Guesses,
+}
+
+/// All limits of the gateway. Cloning it is cheap; every clone is the same ledger.
+#[derive(Clone)]
+pub struct Ledger(Arc<Inner>);
+
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("inflight", &self.inflight()).finish_non_exhaustive()
+    }
+}
+
+/// What the ledger says of a call.
+#[derive(Debug)]
+pub enum Decision {
+    /// Go on; the reservation has to be settled.
+    Admitted(Reservation),
+    /// Answer 429: which rule bound, and how all of them stand. No counter changed.
+    Refused(Refusal, Standings),
+}
+
+impl Ledger {
+    /// A ledger in memory with the system's clock: what a single gateway uses.
+    pub fn in_memory() -> Self {
+        Self::with_clock(Arc::new(SystemClock::new()))
+    }
+
+    /// A ledger in memory with a clock of one's own.
+    ///
+    /// Its leases do not expire: a [`Reservation`] cannot be lost without being settled while the process lives, and
+    /// with the process the counters are gone too.
+    pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
+        let store = Store::Memory(MemoryStore::new(None));
+        Self(Arc::new(Inner { store, clock, guesses: Guesses::default() }))
+    }
+
+    /// Decides a call over all rules of `plan` in one step, before its first attempt.
+    ///
+    /// # Errors
+    /// [`GatewayError::StoreUnavailable`] if the store is away and the policy is to refuse then; never in memory.
+    pub async fn reserve(&self, plan: &Plan, estimate: Estimate) -> Result<Decision, GatewayError> {
+        match &self.0.store {
+            Store::Memory(memory) => Ok(match memory.reserve(plan, estimate, self.now()) {
+                Verdicts::Admitted { id, reserved, standings } => Decision::Admitted(Reservation {
+                    ledger: self.clone(),
+                    id: Some(id),
+                    prompt: estimate.prompt,
+                    reserved,
+                    known: Known::Nothing,
+                    standings,
+                }),
+                Verdicts::Refused { refusal, standings } => Decision::Refused(refusal, standings),
+            }),
+        }
+    }
+
+    /// How the rules of `plan` stand, without consuming anything.
+    ///
+    /// # Errors
+    /// [`GatewayError::StoreUnavailable`] if the store is away; never in memory.
+    pub async fn query(&self, plan: &Plan) -> Result<Standings, GatewayError> {
+        match &self.0.store {
+            Store::Memory(memory) => Ok(memory.query(plan, self.now())),
+        }
+    }
+
+    /// Forgets what a scope used; open calls stay open.
+    ///
+    /// # Errors
+    /// [`GatewayError::StoreUnavailable`] if the store is away; never in memory.
+    pub async fn reset(&self, id: &ScopeId) -> Result<(), GatewayError> {
+        match &self.0.store {
+            Store::Memory(memory) => memory.reset(id, self.now()),
+        }
+        Ok(())
+    }
+
+    /// Drops state that lies idle. To be called about every [`Ledger::SWEEP`].
+    pub fn sweep(&self) {
+        match &self.0.store {
+            Store::Memory(memory) => memory.sweep(self.now()),
+        }
+    }
+
+    /// How often [`Ledger::sweep`] wants to be called.
+    pub const SWEEP: Duration = Duration::from_secs(1);
+
+    /// Reservations that are not settled yet: `tollgate_reservations_inflight`.
+    pub fn inflight(&self) -> usize {
+        match &self.0.store {
+            Store::Memory(memory) => memory.open(),
+        }
+    }
+
+    /// Tokens that could be charged to no period any more; should stay 0.
+    pub fn lost_tokens(&self) -> u64 {
+        match &self.0.store {
+            Store::Memory(memory) => memory.lost_tokens(),
+        }
+    }
+
+    /// How long answers have been, for the estimates of calls that set no `max_tokens`.
+    pub fn guesses(&self) -> &Guesses {
+        &self.0.guesses
+    }
+
+    fn now(&self) -> Instant64 {
+        self.0.clock.now()
+    }
+
+    fn settle(&self, id: LeaseId, tokens: u64) {
+        match &self.0.store {
+            // A few microseconds without waiting for anything but another settlement: done in place.
+            Store::Memory(memory) => {
+                memory.settle(id, tokens, self.now());
+            }
+        }
+    }
+}
+
+/// What is known of a call that has not been settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// Nothing was sent to an upstream, or it failed before its first byte: no tokens.
+    Nothing,
+    /// It was sent: the prompt.
+    Dispatched,
+    /// Tokens were seen: so many in all.
+    Seen(u64),
+}
+
+/// The right to make one call, and the duty to say what it used.
+///
+/// [`Reservation::settle`] consumes it; dropping it settles with what is known. So it is settled once on every way out:
+/// an error, a client that left, a task that was cancelled, a panic.
+#[derive(Debug)]
+#[must_use = "a reservation that is dropped at once charges nothing and frees its slots"]
+pub struct Reservation {
+    ledger: Ledger,
+    /// Taken by whatever settles first.
+    id: Option<LeaseId>,
+    prompt: u64,
+    reserved: u64,
+    known: Known,
+    standings: Standings,
+}
+
+impl Reservation {
+    /// An attempt goes out to an upstream: from now on at least the prompt is charged.
+    pub fn dispatched(&mut self) {
+        if self.known == Known::Nothing {
+            self.known = Known::Dispatched;
+        }
+    }
+
+    /// The attempt failed before its first byte: it cost no tokens. Tokens that were seen stay charged.
+    pub fn failed(&mut self) {
+        if self.known == Known::Dispatched {
+            self.known = Known::Nothing;
+        }
+    }
+
+    /// What the call used so far. An input of 0 means that it is not known yet: the estimate stands in. Never goes down.
+    pub fn progress(&mut self, usage: &Usage) {
+        let input = if usage.input == 0 { self.prompt } else { usage.input };
+        let seen = input.saturating_add(usage.output);
+        self.known = match self.known {
+            Known::Seen(before) => Known::Seen(before.max(seen)),
+            Known::Nothing | Known::Dispatched => Known::Seen(seen),
+        };
+    }
+
+    /// Charges what the call used, as the final truth.
+    pub fn settle(mut self, usage: &Usage) {
+        self.finish(usage.total());
+    }
+
+    /// Charges what is known by now and nothing more, as dropping does.
+    pub fn release(self) {
+        drop(self);
+    }
+
+    /// How the rules stand with this call in them, for the response headers.
+    pub fn standings(&self) -> &Standings {
+        &self.standings
+    }
+
+    /// Tokens reserved: the estimate, clamped to what the limits allow at all.
+    pub fn reserved(&self) -> u64 {
+        self.reserved
+    }
+
+    fn finish(&mut self, tokens: u64) {
+        if let Some(id) = self.id.take() {
+            self.ledger.settle(id, tokens);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let tokens = match self.known {
+            Known::Nothing => 0,
+            Known::Dispatched => self.prompt,
+            Known::Seen(tokens) => tokens,
+        };
+        self.finish(tokens);
+    }
+}
+
+#[cfg(test)]
+mod tests;
