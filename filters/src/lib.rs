@@ -2,5 +2,9 @@
 
 pub mod config;
 pub mod error;
-pub mod limit;
 pub mod usage;
+pub mod route;
+pub mod balance;
+pub mod upstream;
+pub mod retry;
+pub mod limit;

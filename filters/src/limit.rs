@@ -7,11 +7,13 @@
 //! - `dimension` the words of the configuration, `rule` a scope with its limits
 //! - `window`, `calendar` the pure state machines, time as an argument
 //! - `memory` the counters of one process; `reservation` the ledger in front of the store
+//! - `filter` where a request meets the ledger
 //! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
 
 mod calendar;
 pub mod clock;
 pub mod dimension;
+pub mod filter;
 pub mod guess;
 pub mod headers;
 pub mod memory;

@@ -1,0 +1,93 @@
+//! One request on its way: what arrived, what it asks for, and what became of it. Closed structs, no type maps.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderValue;
+
+use crate::auth::Caller;
+use crate::call::Call;
+use crate::dialect::Dialect;
+use crate::limit::{Reservation, RuleSet, Standings};
+use crate::model::Model;
+use crate::trace::{RequestId, TraceContext};
+use crate::usage::Usage;
+
+/// What is known from the head of a request.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Name of the route.
+    pub route: Arc<str>,
+    /// Limits of the route.
+    pub route_rules: Arc<RuleSet>,
+    /// In which dialect errors are told.
+    pub dialect: Dialect,
+    /// The client's id of the request if it is sane, else ours.
+    pub request_id: RequestId,
+    /// Trace context toward upstreams.
+    pub trace: TraceContext,
+    /// The client's address, from `X-Forwarded-For` only if the peer is trusted.
+    pub client_ip: IpAddr,
+    /// Wall clock at arrival, seconds since the epoch.
+    pub unix_seconds: u64,
+    /// Origin of a browser's request, where the route answers those.
+    pub origin: Option<HeaderValue>,
+    /// Who calls, once that is known.
+    pub caller: Option<Arc<Caller>>,
+}
+
+/// A request and its fate.
+#[derive(Debug)]
+pub struct Exchange {
+    /// Its head.
+    pub arrival: Arrival,
+    /// The parsed call; `None` in the pass lane.
+    pub call: Option<Call>,
+    /// The model that was asked for.
+    pub model: Option<Arc<Model>>,
+    /// What was set aside for the call, until it is settled.
+    pub reservation: Option<Reservation>,
+    /// Where the limits stood when they refused the call.
+    pub refused: Option<Standings>,
+    /// What became of it.
+    pub tally: Tally,
+}
+
+/// What became of a request, for headers, metrics and the access log.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Attempts made.
+    pub attempts: u32,
+    /// Upstream of the last attempt.
+    pub upstream: Option<Arc<str>>,
+    /// Node of the last attempt.
+    pub node: Option<Arc<str>>,
+    /// The model's name at the target of the last attempt.
+    pub target_model: Option<Arc<str>>,
+    /// What was consumed.
+    pub usage: Option<Usage>,
+    /// From arrival to the first token.
+    pub first_token: Option<Duration>,
+    /// From the dispatch of the answering attempt to its last token, of a stream.
+    pub last_token: Option<Duration>,
+    /// From the dispatch of the answering attempt to its first token, of a stream.
+    pub prefill: Option<Duration>,
+    /// Time that passed in upstreams.
+    pub upstream_time: Duration,
+    /// Status sent.
+    pub status: u16,
+    /// Code word of the error, if one was told.
+    pub code: Option<&'static str>,
+    /// Body bytes from the client.
+    pub bytes_in: u64,
+    /// Body bytes to the client.
+    pub bytes_out: u64,
+}
+
+impl Exchange {
+    /// A request that has just arrived.
+    pub fn new(arrival: Arrival) -> Self {
+        Self { arrival, call: None, model: None, reservation: None, refused: None, tally: Tally::default() }
+    }
+}

@@ -1,0 +1,122 @@
+//! What may follow a failed attempt. Pure: the failure and the target in, a decision out.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::GatewayError;
+
+/// Classes of failures; a target's `on:` lists those after which it is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// No connection, or it broke before an answer.
+    Connect,
+    /// No answer in time.
+    Timeout,
+    /// The upstream said 429.
+    #[serde(rename = "429")]
+    RateLimited,
+    /// The upstream said 5xx, or failed inside a 200.
+    #[serde(rename = "5xx")]
+    ServerError,
+    /// A stream that brought no token in time, or none at all.
+    FirstToken,
+    /// The upstream refused our credential.
+    Auth,
+    /// The prompt is too long for the model.
+    ContextLength,
+    /// The provider's content filter refused.
+    ContentFilter,
+}
+
+impl Class {
+    /// The classes that lead to the next target unless a target says otherwise.
+    pub const DEFAULT: [Self; 6] = [Self::Connect, Self::Timeout, Self::RateLimited, Self::ServerError, Self::FirstToken, Self::Auth];
+
+    /// The word in configuration, metrics and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Timeout => "timeout",
+            Self::RateLimited => "429",
+            Self::ServerError => "5xx",
+            Self::FirstToken => "first_token",
+            Self::Auth => "auth",
+            Self::ContextLength => "context_length",
+            Self::ContentFilter => "content_filter",
+        }
+    }
+}
+
+/// A failed attempt, before anything of its answer reached the client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What went wrong.
+    pub class: Class,
+    /// When the upstream says it may be asked again.
+    pub retry_after: Option<Duration>,
+    /// For the log: what happened in words, without bodies or keys.
+    pub detail: String,
+    /// Whether the node surely did not start on the request.
+    pub unprocessed: bool,
+}
+
+impl Failure {
+    /// A failure of a class with a word for the log.
+    pub fn new(class: Class, detail: impl Into<String>) -> Self {
+        Self { class, retry_after: None, detail: detail.into(), unprocessed: false }
+    }
+
+    /// What the client gets when this was the last attempt.
+    pub fn into_error(self) -> GatewayError {
+        match self.class {
+            Class::Connect => GatewayError::UpstreamUnreachable,
+            Class::Timeout | Class::FirstToken => GatewayError::UpstreamTimeout,
+            Class::RateLimited => GatewayError::UpstreamRateLimited { retry_after: self.retry_after },
+            Class::ServerError | Class::Auth | Class::ContextLength | Class::ContentFilter => GatewayError::UpstreamError,
+        }
+    }
+}
+
+/// The class of an upstream's status, if it is a failure of the upstream rather than the client's business.
+pub const fn class_of_status(status: u16, ours: bool) -> Option<Class> {
+    match status {
+        429 => Some(Class::RateLimited),
+        // The client has no part in our credentials: their refusal is never its business.
+        401 | 403 if ours => Some(Class::Auth),
+        408 | 500..=599 => Some(Class::ServerError),
+        _ => None,
+    }
+}
+
+/// Pause before attempt number `attempt` (the second is 1): exponential, with full jitter if asked for, at most 5 s.
+pub fn backoff(base: Duration, attempt: u32, jitter: bool, random: f64) -> Duration {
+    let most = base.saturating_mul(1u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX)).min(Duration::from_secs(5));
+    if jitter { most.mul_f64(random.clamp(0.0, 1.0)) } else { most }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clients_own_mistake_is_not_a_failure() {
+        for status in [400, 404, 413, 422, 200, 302] {
+            assert_eq!(class_of_status(status, true), None, "{status}");
+        }
+        assert_eq!(class_of_status(401, false), None);
+        assert_eq!(class_of_status(401, true), Some(Class::Auth));
+        assert_eq!(class_of_status(503, true), Some(Class::ServerError));
+    }
+
+    #[test]
+    fn pauses_double_up_to_a_cap_and_jitter_only_shortens_them() {
+        let base = Duration::from_millis(100);
+        assert_eq!(backoff(base, 1, false, 0.0), base);
+        assert_eq!(backoff(base, 3, false, 0.0), base * 4);
+        assert_eq!(backoff(base, 40, false, 0.0), Duration::from_secs(5));
+        assert_eq!(backoff(base, 2, true, 0.5), base);
+    }
+}

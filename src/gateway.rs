@@ -1,0 +1,132 @@
+//! What all requests share: the runtime of the present configuration, the connector with its pool, the ledger, metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use pingora_core::connectors::http::Connector;
+use tollgate_filters::access::AccessLog;
+use tollgate_filters::error::{GatewayError, Unavailable};
+use tollgate_filters::limit::Ledger;
+use tollgate_filters::metrics::Metrics;
+
+use crate::runtime::Runtime;
+
+/// The process's shared state.
+pub struct Gateway {
+    /// What the present configuration makes; swapped whole on reload.
+    pub live: ArcSwap<Runtime>,
+    /// Connections of the call lane to upstreams.
+    pub connector: Connector,
+    /// The ledger of all limits.
+    pub ledger: Ledger,
+    /// All metrics.
+    pub metrics: Arc<Metrics>,
+    /// One line per request.
+    pub access: AccessLog,
+    /// Bytes of all buffered bodies together.
+    pub buffered: Arc<ByteBudget>,
+    /// Requests being served now.
+    pub open: AtomicUsize,
+    /// Set once the process is asked to end.
+    pub draining: AtomicBool,
+    /// When the process started.
+    pub started: Instant,
+    /// When the process started, by the wall clock.
+    pub started_at: SystemTime,
+}
+
+impl Gateway {
+    /// Counts a request in until the guard is dropped.
+    pub fn enter(self: &Arc<Self>) -> Open {
+        self.open.fetch_add(1, Ordering::AcqRel);
+        Open(Arc::clone(self))
+    }
+
+    /// Whether the process is about to end.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+}
+
+/// A request being served; dropping it counts it out.
+pub struct Open(Arc<Gateway>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A cap on the bytes of all buffered bodies together.
+#[derive(Debug)]
+pub struct ByteBudget {
+    most: u64,
+    used: AtomicU64,
+}
+
+impl ByteBudget {
+    /// A budget of that many bytes.
+    pub fn new(most: u64) -> Arc<Self> {
+        Arc::new(Self { most, used: AtomicU64::new(0) })
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// An empty share that may grow.
+    pub fn share(self: &Arc<Self>) -> ByteShare {
+        ByteShare { budget: Arc::clone(self), bytes: 0 }
+    }
+}
+
+/// Bytes that one body holds of the budget; dropping it gives them back.
+#[derive(Debug)]
+pub struct ByteShare {
+    budget: Arc<ByteBudget>,
+    bytes: u64,
+}
+
+impl ByteShare {
+    /// Takes more bytes.
+    ///
+    /// # Errors
+    /// `overloaded` if the budget has not that many left.
+    pub fn grow(&mut self, bytes: usize) -> Result<(), GatewayError> {
+        let bytes = bytes as u64;
+        let before = self.budget.used.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) > self.budget.most {
+            self.budget.used.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(GatewayError::Unavailable(Unavailable::Overloaded));
+        }
+        self.bytes += bytes;
+        Ok(())
+    }
+}
+
+impl Drop for ByteShare {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_share_one_budget_and_give_it_back() {
+        let budget = ByteBudget::new(100);
+        let mut a = budget.share();
+        let mut b = budget.share();
+        assert!(a.grow(60).is_ok() && b.grow(40).is_ok());
+        assert_eq!(b.grow(1).unwrap_err().face().code, "overloaded");
+        drop(a);
+        assert!(b.grow(60).is_ok());
+        drop(b);
+        assert_eq!(budget.used(), 0);
+    }
+}

@@ -1,0 +1,322 @@
+//! One attempt of a call on one node, up to the point where its answer may be shown to the client: the header is held
+//! until the first useful event, so that a failure before it costs the client nothing but time.
+
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use pingora_core::protocols::http::ServerSession;
+use pingora_core::protocols::http::client::HttpSession;
+use pingora_core::upstreams::peer::HttpPeer;
+use pingora_http::{RequestHeader, ResponseHeader};
+use smallvec::SmallVec;
+use tokio::time::{Instant, sleep_until};
+use tollgate_filters::call::CallKind;
+use tollgate_filters::dialect::Dialect;
+use tollgate_filters::meter::Meter;
+use tollgate_filters::model::Target;
+use tollgate_filters::retry::{Class, Failure, class_of_status};
+use tollgate_filters::upstream::{InFlight, Node, Timeouts};
+
+use super::upstream::{self, Forwarded};
+use super::{Ctx, call};
+
+/// Most of a plain answer that is held back to see whether it is whole and no error.
+const HELD_BYTES: usize = 64 * 1024;
+/// Most of a refusal's body that is read to keep its connection.
+const DRAINED_BYTES: usize = 64 * 1024;
+/// Time for that.
+const DRAIN_TIME: Duration = Duration::from_millis(200);
+
+/// Why an attempt brought no answer.
+#[derive(Debug)]
+pub enum End {
+    /// The node failed.
+    Failed(Failure),
+    /// The client left meanwhile.
+    ClientGone,
+}
+
+/// What all attempts of a call send: the body as the client wrote it, and its last rewritten form.
+pub struct Dispatch {
+    body: Bytes,
+    rewritten: Option<(std::sync::Arc<str>, Bytes)>,
+    forwarded: Forwarded,
+}
+
+impl Dispatch {
+    /// Prepares the attempts of a call.
+    pub fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
+        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx) }
+    }
+
+    /// The body for a target: the model's name there, and the usage asked for.
+    fn body_for(&mut self, ctx: &Ctx, target: &Target) -> Bytes {
+        if let Some((model, body)) = &self.rewritten
+            && *model == target.model
+        {
+            return body.clone();
+        }
+        let Some(call) = &ctx.exchange.call else { return self.body.clone() };
+        let model = if target.model.is_empty() { None } else { Some(&*target.model) };
+        let body = call.rewrite(&self.body, model, true);
+        self.rewritten = Some((std::sync::Arc::clone(&target.model), body.clone()));
+        body
+    }
+}
+
+/// An answer that may be shown, with its beginning.
+pub struct Answer {
+    /// The upstream's side.
+    pub up: HttpSession,
+    /// Under which its connection goes back into the pool.
+    pub peer: HttpPeer,
+    /// Its response header.
+    pub head: ResponseHeader,
+    /// Body bytes held back so far, ready to forward.
+    pub held: SmallVec<[Bytes; 4]>,
+    /// Whether the body has ended already.
+    pub ended: bool,
+    /// Reads along.
+    pub meter: Meter,
+    /// Whether it is a stream of events.
+    pub stream: bool,
+    /// When the attempt was dispatched.
+    pub dispatched: Instant,
+    /// When the last token came.
+    pub last_token: Instant,
+    /// Deadlines.
+    pub timeouts: Timeouts,
+    /// How long the connection may idle in the pool.
+    pub idle: Duration,
+    /// Counts the call on the node until it is dropped.
+    pub guard: InFlight,
+}
+
+/// Makes one attempt.
+///
+/// # Errors
+/// The failure of the node, or that the client left.
+pub async fn run(
+    client: &mut ServerSession,
+    ctx: &mut Ctx,
+    request: &mut Dispatch,
+    (target, node): (&Target, &Node),
+    guard: InFlight,
+) -> Result<Answer, End> {
+    let upstream = &*target.upstream;
+    let body = request.body_for(ctx, target);
+    let credential = upstream.next_credential();
+    let head = upstream::call_head(client.req_header(), &ctx.exchange, (upstream, node, credential), &request.forwarded, body.len())
+        .map_err(|e| failed(Class::ServerError, e.to_string()))?;
+    let dispatched = Instant::now();
+    let timeouts = upstream.timeouts;
+    let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
+    let patience = if wants_stream { timeouts.first_byte.min(timeouts.total) } else { timeouts.total };
+    if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.dispatched();
+    }
+    let mut fresh = false;
+    let (mut up, peer) = loop {
+        let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
+        let connecting = ctx.gateway.connector.get_http_session(&peer);
+        let connected = race(client, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
+        let (mut up, reused) = match connected {
+            Ok(Ok(pair)) => pair,
+            Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
+            Err(Cut::Deadline) => return Err(End::Failed(Failure { unprocessed: true, ..Failure::new(Class::Connect, "connect timeout") })),
+            Err(Cut::ClientGone) => return Err(End::ClientGone),
+        };
+        match race(client, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone())).await {
+            Ok(Ok(())) => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
+            // The node had closed the pooled connection before it saw the request: that is no attempt yet.
+            Ok(Err(error)) if reused && !fresh && upstream::is_stale(&error) => fresh = true,
+            Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
+            Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no response header in time")),
+            Err(Cut::ClientGone) => return Err(End::ClientGone),
+        }
+    };
+    let Some(response) = up.response_header().cloned() else { return Err(failed(Class::ServerError, "no response header")) };
+    if let Some(failure) = refusal(&response, !upstream.is_own()) {
+        drain(ctx, up, &peer, upstream.pool.idle).await;
+        return Err(End::Failed(failure));
+    }
+    let stream = response.status.is_success() && is_event_stream(&response);
+    let mut answer = Answer {
+        meter: meter(ctx, upstream.dialect, stream),
+        up, peer, head: response, held: SmallVec::new(), ended: false, stream,
+        dispatched, last_token: dispatched, timeouts, idle: upstream.pool.idle, guard,
+    };
+    hold(client, &mut answer).await?;
+    Ok(answer)
+}
+
+fn failed(class: Class, detail: impl Into<String>) -> End {
+    End::Failed(Failure::new(class, detail))
+}
+
+fn meter(ctx: &Ctx, dialect: Dialect, stream: bool) -> Meter {
+    let call = ctx.exchange.call.as_ref();
+    let kind = call.map_or(CallKind::Other, |c| c.kind);
+    // The usage that only we asked for is taken out of what the client sees.
+    let hide = call.is_some_and(|c| c.asks_usage() && c.include_usage != Some(true));
+    if stream { Meter::stream(dialect, kind, hide) } else { Meter::plain(dialect, kind) }
+}
+
+/// Sends the request and reads the response header, informational ones aside.
+async fn exchange_heads(up: &mut HttpSession, head: RequestHeader, body: Bytes) -> pingora_core::Result<()> {
+    up.write_request_header(Box::new(head)).await?;
+    up.write_request_body(body, true).await?;
+    up.finish_request_body().await?;
+    loop {
+        up.read_response_header().await?;
+        match up.response_header() {
+            Some(head) if head.status.is_informational() && head.status != http::StatusCode::SWITCHING_PROTOCOLS => {}
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// The failure that a response header stands for, if it is the upstream's fault and not the client's business.
+fn refusal(head: &ResponseHeader, with_credential: bool) -> Option<Failure> {
+    let status = head.status.as_u16();
+    if status == 101 || head.status.is_redirection() {
+        return Some(Failure::new(Class::ServerError, format!("unexpected status {status}")));
+    }
+    let class = class_of_status(status, with_credential)?;
+    let retry_after = retry_after(head);
+    Some(Failure { retry_after, ..Failure::new(class, format!("status {status}")) })
+}
+
+/// `retry-after-ms`, else `retry-after` in seconds or as a date.
+fn retry_after(head: &ResponseHeader) -> Option<Duration> {
+    let text = |name: &str| head.headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
+    if let Some(ms) = text("retry-after-ms").and_then(|v| v.parse::<f64>().ok()).filter(|ms| ms.is_finite() && *ms >= 0.0) {
+        return Some(Duration::from_millis(ms.min(86_400_000.0) as u64));
+    }
+    let after = text("retry-after")?;
+    if let Some(seconds) = after.parse::<f64>().ok().filter(|s| s.is_finite() && *s >= 0.0) {
+        return Some(Duration::from_secs_f64(seconds.min(86_400.0)));
+    }
+    let date = httpdate::parse_http_date(after).ok()?;
+    Some(date.duration_since(std::time::SystemTime::now()).unwrap_or_default())
+}
+
+fn is_event_stream(head: &ResponseHeader) -> bool {
+    head.headers.get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().get(..17).is_some_and(|t| t.eq_ignore_ascii_case(b"text/event-stream")))
+}
+
+/// Reads what a refusal says, in bounds, so that its connection can be used again.
+async fn drain(ctx: &Ctx, mut up: HttpSession, peer: &HttpPeer, idle: Duration) {
+    let mut left = DRAINED_BYTES;
+    let drained = async {
+        while let Ok(chunk) = up.read_response_body().await {
+            match chunk {
+                None => return true,
+                Some(chunk) if chunk.len() <= left => left -= chunk.len(),
+                Some(_) => return false,
+            }
+        }
+        false
+    };
+    if matches!(tokio::time::timeout(DRAIN_TIME, drained).await, Ok(true)) {
+        ctx.gateway.connector.release_http_session(up, peer, Some(idle)).await;
+    }
+}
+
+/// Holds the answer back until it is clear that it is one.
+async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End> {
+    let timeouts = answer.timeouts;
+    let patience = if answer.stream { timeouts.first_token.min(timeouts.total) } else { timeouts.total };
+    let deadline = answer.dispatched + patience;
+    let mut held_bytes = 0;
+    loop {
+        let chunk = match race(client, deadline, answer.up.read_response_body()).await {
+            Ok(Ok(chunk)) => chunk,
+            Ok(Err(error)) => return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str()))),
+            Err(Cut::Deadline) if answer.stream => return Err(failed(Class::FirstToken, "no token in time")),
+            Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no answer in time")),
+            Err(Cut::ClientGone) => return Err(End::ClientGone),
+        };
+        answer.ended = chunk.is_none();
+        let seen = match chunk {
+            Some(chunk) => answer.meter.feed(chunk).map_err(|e| failed(Class::ServerError, e.to_string()))?,
+            None => answer.meter.finish(),
+        };
+        held_bytes += seen.forward.iter().map(Bytes::len).sum::<usize>();
+        answer.held.extend(seen.forward);
+        if answer.head.status.is_success() {
+            if seen.error.is_some() {
+                return Err(failed(Class::ServerError, "an error in place of an answer"));
+            }
+            if seen.malformed && !answer.meter.tokens_seen() {
+                return Err(failed(Class::ServerError, "the first event is malformed"));
+            }
+        }
+        if answer.stream {
+            if seen.token {
+                answer.last_token = Instant::now();
+                return Ok(());
+            }
+            if answer.ended {
+                return Err(failed(Class::FirstToken, "the stream ended before its first token"));
+            }
+        } else if answer.ended || held_bytes > HELD_BYTES {
+            return Ok(());
+        }
+    }
+}
+
+/// Why waiting was cut short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Deadline,
+    ClientGone,
+}
+
+/// Waits for `work`, but not beyond the deadline and not once the client has left.
+async fn race<T>(client: &mut ServerSession, deadline: Instant, work: impl Future<Output = T>) -> Result<T, Cut> {
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        _ = client.read_body_or_idle(true) => Err(Cut::ClientGone),
+        () = sleep_until(deadline) => Err(Cut::Deadline),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(status: u16, pairs: &[(&'static str, &str)]) -> ResponseHeader {
+        let mut head = ResponseHeader::build(status, None).unwrap();
+        for (name, value) in pairs {
+            head.insert_header(*name, *value).unwrap();
+        }
+        head
+    }
+
+    #[test]
+    fn milliseconds_win_over_seconds_and_dates_are_read() {
+        assert_eq!(retry_after(&head(429, &[("retry-after", "3"), ("retry-after-ms", "250")])), Some(Duration::from_millis(250)));
+        assert_eq!(retry_after(&head(429, &[("retry-after", "1.5")])), Some(Duration::from_millis(1500)));
+        assert_eq!(retry_after(&head(429, &[("retry-after", "Thu, 01 Jan 1970 00:00:00 GMT")])), Some(Duration::ZERO));
+        assert_eq!(retry_after(&head(429, &[("retry-after", "-3")])), None);
+        assert_eq!(retry_after(&head(429, &[])), None);
+    }
+
+    #[test]
+    fn redirects_and_upgrades_of_an_upstream_are_failures_and_a_400_is_not() {
+        assert!(refusal(&head(302, &[]), false).is_some());
+        assert!(refusal(&head(101, &[]), false).is_some());
+        assert_eq!(refusal(&head(429, &[("retry-after", "2")]), false).unwrap().retry_after, Some(Duration::from_secs(2)));
+        assert!(refusal(&head(400, &[]), true).is_none());
+    }
+
+    #[test]
+    fn an_event_stream_is_known_by_its_type() {
+        assert!(is_event_stream(&head(200, &[("content-type", "text/event-stream; charset=utf-8")])));
+        assert!(!is_event_stream(&head(200, &[("content-type", "application/json")])));
+    }
+}

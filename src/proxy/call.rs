@@ -1,0 +1,255 @@
+//! The call lane: one parsed call, one reservation, attempt after attempt until an answer stands.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pingora_core::protocols::http::ServerSession;
+use rand::Rng;
+use smallvec::SmallVec;
+use tokio::time::{Instant, sleep_until};
+use tollgate_filters::balance::{self, Candidate, Marks};
+use tollgate_filters::call::{Call, CallKind};
+use tollgate_filters::dialect::Dialect;
+use tollgate_filters::error::{GatewayError, Result, Unavailable};
+use tollgate_filters::filter::Flow;
+use tollgate_filters::model::{Model, Target};
+use tollgate_filters::retry::{self, Class, Failure};
+use tollgate_filters::upstream::{InFlight, Node, Upstream};
+
+use super::attempt::{self, Dispatch, End};
+use super::{Ctx, body, relay, reply, upstream};
+use crate::runtime::Callee;
+
+/// Bodies from this size on are parsed away from the I/O threads.
+const LARGE_BODY: usize = 1 << 20;
+/// A node's `Retry-After` up to this long is waited for if there is nowhere else to go.
+const SHORT_WAIT: Duration = Duration::from_secs(2);
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// An answer was sent whole.
+    Answered,
+    /// The client left before the end.
+    ClientGone,
+    /// The answer broke off after its beginning had been sent.
+    BrokenOff,
+}
+
+/// Serves a call from its body to the end of its answer.
+pub async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Callee) -> Outcome {
+    let mut share = ctx.gateway.buffered.share();
+    let body = match read_body(client, ctx, &mut share).await {
+        Ok(Some(body)) => body,
+        Ok(None) => return Outcome::ClientGone,
+        Err(error) => return refuse(client, ctx, &error).await,
+    };
+    ctx.exchange.tally.bytes_in = body.len() as u64;
+    match admit(client, ctx, callee, &body).await {
+        Ok(Flow::Next) => {}
+        Ok(Flow::Answer(answer)) => return sent(reply::send(client, ctx, *answer).await),
+        Err(error) => return refuse(client, ctx, &error).await,
+    }
+    attempts(client, ctx, body).await
+}
+
+async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> Outcome {
+    sent(reply::refuse(client, ctx, error).await)
+}
+
+fn sent(result: pingora_core::Result<()>) -> Outcome {
+    if result.is_ok() { Outcome::Answered } else { Outcome::ClientGone }
+}
+
+async fn read_body(client: &mut ServerSession, ctx: &Ctx, share: &mut crate::gateway::ByteShare) -> Result<Option<Bytes>> {
+    body::check_headers(&client.req_header().headers)?;
+    let cap = ctx.route.as_ref().and_then(|r| r.body_bytes).unwrap_or(ctx.runtime.body_bytes);
+    body::read(client, cap, share).await
+}
+
+/// Parses the call, finds its model and runs it through the filters.
+async fn admit(client: &ServerSession, ctx: &mut Ctx, callee: &Callee, body: &Bytes) -> Result<Flow> {
+    let Some(route) = ctx.route.clone() else { return Err(GatewayError::Internal) };
+    let kind = CallKind::of(route.dialect, client.req_header().uri.path());
+    let call = parse(kind, route.dialect, body).await?;
+    let model = match callee {
+        Callee::Upstream(model) => Arc::clone(model),
+        Callee::Models(allowed) => {
+            let asked = call.model.as_deref().unwrap_or_default();
+            let found = ctx.runtime.models.get(asked).filter(|model| allowed.allows(&model.name));
+            Arc::clone(found.ok_or_else(|| GatewayError::ModelNotFound(asked.to_owned()))?)
+        }
+    };
+    ctx.exchange.call = Some(call);
+    ctx.exchange.model = Some(model);
+    route.chain.request(&mut ctx.exchange).await
+}
+
+async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
+    if body.len() < LARGE_BODY {
+        return Call::parse(kind, dialect, body);
+    }
+    let body = body.clone();
+    tokio::task::spawn_blocking(move || Call::parse(kind, dialect, &body)).await.map_err(|_| GatewayError::Internal)?
+}
+
+/// A node that takes the next attempt.
+struct Chosen {
+    target: Target,
+    node: Arc<Node>,
+    guard: InFlight,
+}
+
+/// Which nodes were tried, and what came of the last one.
+struct Course {
+    model: Arc<Model>,
+    tried: SmallVec<[Arc<Node>; 4]>,
+    silent: SmallVec<[Arc<Node>; 2]>,
+    last: Option<Failure>,
+    attempts: u32,
+}
+
+impl Course {
+    /// The next node: those not tried yet of each target in turn.
+    fn next(&self, marks: Marks) -> Option<Chosen> {
+        let may_follow = |target: &Target| self.last.as_ref().is_none_or(|failure| target.on.contains(&failure.class));
+        // The upstream of the last attempt goes on to its other nodes; `on` decides about further targets.
+        let same = |target: &Target| self.tried.last().is_some_and(|last| target.upstream.nodes.iter().any(|n| Arc::ptr_eq(n, last)));
+        let targets = self.model.targets.iter().filter(|t| self.tried.is_empty() || same(t) || may_follow(t));
+        targets.into_iter().find_map(|target| self.pick(target, marks))
+    }
+
+    fn pick(&self, target: &Target, marks: Marks) -> Option<Chosen> {
+        let upstream = &target.upstream;
+        let mut nodes: SmallVec<[&Arc<Node>; 16]> = upstream
+            .nodes
+            .iter()
+            .filter(|n| n.weight > 0 && !self.tried.iter().any(|t| Arc::ptr_eq(t, n)))
+            .collect();
+        while !nodes.is_empty() {
+            let candidates: SmallVec<[Candidate; 16]> = nodes
+                .iter()
+                .map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed })
+                .collect();
+            let index = balance::pick(upstream.policy, &candidates, marks, &upstream.turn)?;
+            let node = Arc::clone(nodes.get(index)?);
+            if let Some(guard) = node.state.try_enter(upstream.pool.concurrency) {
+                return Some(Chosen { target: target.clone(), node, guard });
+            }
+            nodes.remove(index);
+        }
+        None
+    }
+
+    /// Whether every node having been tried, those that did answer may be asked again, and after what pause.
+    fn again(&mut self, random: f64) -> Option<Duration> {
+        let failure = self.last.as_ref()?;
+        let pause = match failure.class {
+            Class::Connect | Class::ServerError => retry::backoff(self.model.retry.backoff, self.attempts, self.model.retry.jitter, random),
+            Class::RateLimited => failure.retry_after.filter(|wait| *wait <= SHORT_WAIT)?,
+            Class::Timeout | Class::FirstToken | Class::Auth | Class::ContextLength | Class::ContentFilter => return None,
+        };
+        // A silent node is not asked twice.
+        self.tried = std::mem::take(&mut self.silent);
+        self.silent = self.tried.clone();
+        Some(pause)
+    }
+}
+
+async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Outcome {
+    let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
+    let retry = model.retry;
+    let mut course = Course { model, tried: SmallVec::new(), silent: SmallVec::new(), last: None, attempts: 0 };
+    let mut request = Dispatch::new(client, ctx, body);
+    while course.attempts < retry.attempts {
+        let marks = marks(ctx);
+        let Some(chosen) = course.next(marks) else {
+            let Some(pause) = course.again(rand::rng().random()) else { break };
+            if wait(client, pause).await == Outcome::ClientGone {
+                return Outcome::ClientGone;
+            }
+            continue;
+        };
+        course.attempts += 1;
+        note(ctx, &course, &chosen);
+        let Chosen { target, node, guard } = chosen;
+        let began = Instant::now();
+        match attempt::run(client, ctx, &mut request, (&target, &node), guard).await {
+            Ok(answer) => {
+                observe_attempt(ctx, &target.upstream, &node, "ok");
+                drop(request);
+                return relay::run(client, ctx, answer).await;
+            }
+            Err(End::ClientGone) => {
+                observe_attempt(ctx, &target.upstream, &node, "client_gone");
+                ctx.exchange.tally.upstream_time += began.elapsed();
+                return Outcome::ClientGone;
+            }
+            Err(End::Failed(failure)) => {
+                ctx.exchange.tally.upstream_time += began.elapsed();
+                observe_attempt(ctx, &target.upstream, &node, failure.class.as_str());
+                node.state.failed();
+                tracing::info!(
+                    request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*target.upstream.name, node = &*node.name,
+                    class = failure.class.as_str(), detail = %failure.detail, "attempt failed"
+                );
+                let final_word = !may_try_elsewhere(&target.upstream, &failure);
+                if matches!(failure.class, Class::Timeout | Class::FirstToken) {
+                    course.silent.push(Arc::clone(&node));
+                }
+                course.tried.push(node);
+                course.last = Some(failure);
+                if final_word {
+                    break;
+                }
+            }
+        }
+    }
+    let error = course.last.map_or(GatewayError::Unavailable(Unavailable::NoHealthyUpstream), Failure::into_error);
+    if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.failed();
+    }
+    refuse(client, ctx, &error).await
+}
+
+/// A Dify run must not start twice: it is tried elsewhere only if it surely did not start.
+fn may_try_elsewhere(upstream: &Upstream, failure: &Failure) -> bool {
+    upstream.dialect != Dialect::Dify || failure.unprocessed
+}
+
+fn marks(ctx: &Ctx) -> Marks {
+    let call = ctx.exchange.call.as_ref();
+    let session = call.and_then(|c| c.user.as_deref()).map(tollgate_filters::balance::session_mark);
+    Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random() }
+}
+
+fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
+    let tally = &mut ctx.exchange.tally;
+    if let (Some(failure), Some(from)) = (&course.last, &tally.upstream)
+        && **from != *chosen.target.upstream.name
+    {
+        ctx.gateway.metrics.fallback(&course.model.name, from, &chosen.target.upstream.name, failure.class.as_str());
+    }
+    tally.attempts = course.attempts;
+    tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
+    tally.node = Some(Arc::clone(&chosen.node.name));
+    tally.target_model = Some(Arc::clone(&chosen.target.model));
+}
+
+fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: &str) {
+    ctx.gateway.metrics.attempt(&upstream.name, &node.name, outcome);
+}
+
+/// Waits, unless the client leaves.
+async fn wait(client: &mut ServerSession, pause: Duration) -> Outcome {
+    tokio::select! {
+        () = sleep_until(Instant::now() + pause) => Outcome::Answered,
+        _ = client.read_body_or_idle(true) => Outcome::ClientGone,
+    }
+}
+
+/// What nodes are told of the client; made once per call.
+pub fn forwarded(client: &ServerSession, ctx: &Ctx) -> upstream::Forwarded {
+    super::pass::forwarded(client, ctx)
+}

@@ -1,0 +1,214 @@
+//! The answer from its first useful event to its end: relayed as it comes, read along, cut at its deadlines.
+
+use bytes::Bytes;
+use http::header::{self, HeaderName};
+use pingora_core::protocols::http::ServerSession;
+use pingora_http::ResponseHeader;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+use tollgate_filters::dialect;
+use tollgate_filters::error::GatewayError;
+
+use super::attempt::Answer;
+use super::call::Outcome;
+use super::upstream::HOP_BY_HOP;
+use super::{Ctx, reply};
+
+/// After the terminal event, the upstream has this long to end the body, else its connection is given up.
+const LAST_CHUNK: Duration = Duration::from_secs(1);
+
+/// Headers of an upstream's answer that are its own business and not our client's.
+const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
+
+/// Shows the answer to the client and relays it to its end.
+pub async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
+    note_first_token(ctx, &answer);
+    let began = answer.dispatched;
+    let outcome = match begin(client, ctx, &mut answer).await {
+        Ok(()) => follow(client, ctx, &mut answer).await,
+        Err(_) => Outcome::ClientGone,
+    };
+    let tally = &mut ctx.exchange.tally;
+    tally.upstream_time += began.elapsed();
+    let estimate = ctx.exchange.call.as_ref().map_or(0, |c| c.prompt_tokens());
+    if answer.head.status.is_success() {
+        tally.usage = Some(answer.meter.usage(estimate));
+        tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
+    }
+    let Answer { up, peer, idle, guard, ended, .. } = answer;
+    drop(guard);
+    if outcome == Outcome::Answered && ended {
+        ctx.gateway.connector.release_http_session(up, &peer, Some(idle)).await;
+    }
+    outcome
+}
+
+fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
+    if answer.stream {
+        ctx.exchange.tally.first_token = Some(ctx.started.elapsed());
+    }
+}
+
+/// Sends the header and what was held back.
+async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
+    let mut head = client_head(ctx, answer)?;
+    reply::decorate(&mut head, ctx)?;
+    ctx.exchange.tally.status = head.status.as_u16();
+    client.write_response_header(Box::new(head)).await?;
+    for bytes in std::mem::take(&mut answer.held) {
+        forward(client, ctx, bytes).await?;
+    }
+    settle_progress(ctx, answer);
+    Ok(())
+}
+
+fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeader> {
+    let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
+    for (name, value) in &answer.head.headers {
+        let own = name.as_str().starts_with("x-ratelimit-") || name.as_str().starts_with("x-tollgate-") || name.as_str().starts_with("ratelimit");
+        // A stream may lose events on its way, so its length is not the upstream's.
+        let length = answer.stream && *name == header::CONTENT_LENGTH;
+        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) {
+            head.append_header(name, value)?;
+        }
+    }
+    if !head.headers.contains_key(header::CONTENT_LENGTH) {
+        if answer.ended {
+            head.insert_header(header::CONTENT_LENGTH, answer.held.iter().map(Bytes::len).sum::<usize>())?;
+        } else {
+            head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+        }
+    }
+    if answer.stream {
+        // A proxy in front that gathers responses would undo the streaming.
+        head.insert_header("x-accel-buffering", "no")?;
+    }
+    let tally = &ctx.exchange.tally;
+    if let Some(model) = tally.target_model.as_deref().filter(|m| !m.is_empty()) {
+        head.insert_header("x-tollgate-model", model)?;
+    }
+    if let Some(upstream) = &tally.upstream {
+        head.insert_header("x-tollgate-upstream", &**upstream)?;
+    }
+    head.insert_header("x-tollgate-attempts", tally.attempts)?;
+    head.insert_header("x-tollgate-cache", "bypass")?;
+    Ok(head)
+}
+
+async fn forward(client: &mut ServerSession, ctx: &mut Ctx, bytes: Bytes) -> pingora_core::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    ctx.exchange.tally.bytes_out += bytes.len() as u64;
+    client.write_response_body(bytes, false).await
+}
+
+fn settle_progress(ctx: &mut Ctx, answer: &Answer) {
+    if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.progress(answer.meter.output_tokens_so_far());
+    }
+}
+
+/// What came next.
+enum Event {
+    Chunk(Bytes),
+    End,
+    Broken(String),
+    ClientGone,
+    Late(GatewayError),
+}
+
+/// Relays until the body ends, breaks, or the client leaves.
+async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> Outcome {
+    let total = answer.dispatched + answer.timeouts.total;
+    let timer = sleep_until(total);
+    tokio::pin!(timer);
+    while !answer.ended {
+        let deadline = due(answer, total);
+        // The timer is only moved when it fires early: tokens come far more often than deadlines.
+        if timer.deadline() > deadline {
+            timer.as_mut().reset(deadline);
+        }
+        let event = tokio::select! {
+            biased;
+            read = answer.up.read_response_body() => match read {
+                Ok(Some(chunk)) => Event::Chunk(chunk),
+                Ok(None) => Event::End,
+                Err(error) => Event::Broken(error.etype().as_str().to_owned()),
+            },
+            _ = client.read_body_or_idle(true) => Event::ClientGone,
+            () = &mut timer => {
+                let now = Instant::now();
+                let deadline = due(answer, total);
+                if now < deadline {
+                    timer.as_mut().reset(deadline);
+                    continue;
+                }
+                if answer.meter.done() { Event::End } else { Event::Late(GatewayError::UpstreamTimeout) }
+            }
+        };
+        match step(client, ctx, answer, event).await {
+            Some(outcome) => return outcome,
+            None => continue,
+        }
+    }
+    if client.write_response_body(Bytes::new(), true).await.is_err() { Outcome::ClientGone } else { Outcome::Answered }
+}
+
+fn due(answer: &Answer, total: Instant) -> Instant {
+    if !answer.stream {
+        return total;
+    }
+    let patience = if answer.meter.done() { LAST_CHUNK } else { answer.timeouts.between_tokens };
+    total.min(answer.last_token + patience)
+}
+
+/// Takes one event further; `Some` ends the relay.
+async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, event: Event) -> Option<Outcome> {
+    let seen = match event {
+        Event::Chunk(chunk) => match answer.meter.feed(chunk) {
+            Ok(seen) => seen,
+            Err(error) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &error.to_string()).await),
+        },
+        Event::End => {
+            answer.ended = true;
+            let rest = answer.meter.finish();
+            if answer.stream && !answer.meter.done() {
+                for bytes in rest.forward {
+                    forward(client, ctx, bytes).await.ok();
+                }
+                return Some(break_off(client, ctx, GatewayError::UpstreamError, "the stream ended without its terminal event").await);
+            }
+            rest
+        }
+        Event::Broken(detail) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &detail).await),
+        Event::Late(error) => return Some(break_off(client, ctx, error, "no token in time").await),
+        Event::ClientGone => return Some(Outcome::ClientGone),
+    };
+    if seen.token || seen.done {
+        answer.last_token = Instant::now();
+    }
+    if seen.error.is_some() {
+        ctx.exchange.tally.code = Some("upstream_error");
+    }
+    for bytes in seen.forward {
+        if forward(client, ctx, bytes).await.is_err() {
+            return Some(Outcome::ClientGone);
+        }
+    }
+    settle_progress(ctx, answer);
+    None
+}
+
+/// Tells the client of an answer that cannot go on: an error event, where it is a stream, and an unclean end.
+async fn break_off(client: &mut ServerSession, ctx: &mut Ctx, error: GatewayError, detail: &str) -> Outcome {
+    let request_id = ctx.exchange.arrival.request_id.clone();
+    tracing::info!(request_id = request_id.as_str(), upstream = ctx.exchange.tally.upstream.as_deref(), detail, "answer broke off");
+    ctx.exchange.tally.code = Some(error.face().code);
+    let is_stream = client.response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
+    if is_stream && ctx.exchange.tally.first_token.is_some() {
+        let event = dialect::error_event(ctx.exchange.arrival.dialect, &error, request_id.as_str());
+        let _ = forward(client, ctx, event).await;
+    }
+    Outcome::BrokenOff
+}
