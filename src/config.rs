@@ -8,17 +8,25 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod auth;
+mod check;
+mod de;
 mod keys;
+mod load;
 mod models;
+mod place;
+mod problem;
 mod routes;
 mod server;
 mod store;
+mod tree;
 mod upstreams;
 mod words;
 
 pub(crate) use auth::*;
 pub(crate) use keys::*;
+pub(crate) use load::{Loaded, default_path, load, load_text};
 pub(crate) use models::*;
+pub(crate) use problem::{Problem, Problems, Severity};
 pub(crate) use routes::*;
 pub(crate) use server::*;
 pub(crate) use store::*;
