@@ -1,2 +1,7 @@
 //! Tollgate: an AI gateway on Pingora.
+#![allow(dead_code)]
+
+mod cli;
+mod config;
+
 fn main() {}

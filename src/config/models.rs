@@ -1,0 +1,238 @@
+//! `models:` — what clients ask for, and where it is served.
+
+use std::fmt;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, de};
+use tollgate_filters::config::Period;
+use tollgate_filters::limit::dimension::Limits;
+
+/// A name that clients ask for, and where it is served.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Model {
+    /// Where it is served, tried in this order.
+    pub targets: Vec<Target>,
+    /// How often and how fast a failed call is tried again.
+    #[serde(default)]
+    pub retry: Retry,
+    /// What happens to a stream that broke after its first token. Default `off`.
+    #[serde(default)]
+    pub resume: Resume,
+    /// Limits of all calls of this model together.
+    #[serde(default)]
+    pub limits: Limits,
+    /// What tokens cost.
+    #[serde(default)]
+    pub price: Option<Price>,
+    /// Further names for the same.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+}
+
+/// An upstream and the model's name there.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Target {
+    /// Name of an upstream.
+    pub upstream: String,
+    /// The model's name there. Default: the name the client asked for, an alias replaced by its model.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Failures of the targets before it that bring a call here.
+    /// Default: connect, timeout, 429, 5xx, first_token, auth.
+    #[serde(default = "on")]
+    pub on: Vec<Failure>,
+    /// This target takes longer prompts: it is tried on `context_length` if `on` names that.
+    #[serde(default)]
+    pub larger_context: bool,
+    /// This target can go on with a broken answer (`resume: continue`).
+    #[serde(default)]
+    pub continues: bool,
+}
+
+fn on() -> Vec<Failure> {
+    vec![
+        Failure::Connect,
+        Failure::Timeout,
+        Failure::RateLimited,
+        Failure::ServerError,
+        Failure::FirstToken,
+        Failure::Auth,
+    ]
+}
+
+macro_rules! failures {
+    ($($(#[$doc:meta])* $variant:ident $name:literal;)*) => {
+        /// A class of failures that sends a call to the next target.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum Failure { $($(#[$doc])* $variant,)* }
+
+        impl Failure {
+            /// Every class.
+            pub(crate) const ALL: &'static [Self] = &[$(Self::$variant,)*];
+            const NAMES: &'static [&'static str] = &[$($name,)*];
+
+            /// Its name in the configuration.
+            pub(crate) const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            fn named(name: &str) -> Option<Self> {
+                match name { $($name => Some(Self::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+failures! {
+    /// No connection.
+    Connect "connect";
+    /// A time limit passed.
+    Timeout "timeout";
+    /// The upstream answered 429.
+    RateLimited "429";
+    /// The upstream answered 500 to 599.
+    ServerError "5xx";
+    /// A stream ended or stalled before its first token.
+    FirstToken "first_token";
+    /// The upstream refused our credential.
+    Auth "auth";
+    /// The prompt is too long for the model.
+    ContextLength "context_length";
+    /// The upstream's content filter refused.
+    ContentFilter "content_filter";
+}
+
+impl<'de> Deserialize<'de> for Failure {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Failure;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "one of {}", Failure::NAMES.join(", "))
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Failure, E> {
+                Failure::named(name).ok_or_else(|| E::unknown_variant(name, Failure::NAMES))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Failure, E> {
+                self.visit_str(&number.to_string())
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Failure {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Failure".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let names: Vec<serde_json::Value> =
+            Self::NAMES.iter().map(|name| (*name).into()).chain([serde_json::Value::from(429)]).collect();
+        json_schema!({ "description": "A class of failures that sends a call to the next target", "enum": names })
+    }
+}
+
+/// How often and how fast a failed call is tried again.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Retry {
+    /// Attempts of one call over all targets, the first included. Default 3.
+    pub attempts: u32,
+    /// Wait before the second attempt, doubled for each further one. Default 100ms.
+    pub backoff: Period,
+    /// Waits vary at random. Default true.
+    pub jitter: bool,
+    /// Extra attempts per upstream as a share of its calls in the last 10 s; 10 in 10 s are always allowed. Default 0.2.
+    pub budget: f64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 3, backoff: Period::millis(100), jitter: true, budget: 0.2 }
+    }
+}
+
+/// What happens to a stream that broke after its first token.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Resume {
+    /// The client gets an error event.
+    #[default]
+    Off,
+    /// A further node goes on from the text so far.
+    Continue,
+    /// A further node answers again; what the client has already seen is left out.
+    Replay,
+}
+
+impl<'de> Deserialize<'de> for Resume {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Resume;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("off, continue or replay")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Resume, E> {
+                match name {
+                    "off" => Ok(Resume::Off),
+                    "continue" => Ok(Resume::Continue),
+                    "replay" => Ok(Resume::Replay),
+                    other => Err(E::unknown_variant(other, &["off", "continue", "replay"])),
+                }
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<Resume, E> {
+                if on { Err(E::invalid_type(de::Unexpected::Bool(on), &self)) } else { Ok(Resume::Off) }
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Resume {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Resume".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "What happens to a stream that broke after its first token",
+            "enum": ["off", "continue", "replay", false]
+        })
+    }
+}
+
+/// What tokens cost.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Price {
+    /// Of input tokens.
+    pub input: f64,
+    /// Of input tokens found in the upstream's cache. Default: as `input`.
+    #[serde(default)]
+    pub cached_input: Option<f64>,
+    /// Of output tokens.
+    pub output: f64,
+    /// ISO 4217 code. Default USD.
+    #[serde(default = "usd")]
+    pub currency: String,
+    /// Number of tokens that the prices are for. Default 1_000_000.
+    #[serde(default = "million")]
+    pub per: u64,
+}
+
+fn usd() -> String {
+    "USD".to_owned()
+}
+
+const fn million() -> u64 {
+    1_000_000
+}

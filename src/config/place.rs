@@ -1,0 +1,207 @@
+//! Finding the place of a path in the files, and making problems that show it.
+
+use std::collections::BTreeSet;
+
+use super::problem::{Problem, Severity, snippet};
+use super::tree::{Place, Source, Tree, Value};
+
+/// One step into the document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Step {
+    Key(String),
+    Item(usize),
+}
+
+/// A path into the document: `At::root().key("routes").item(2).key("pass")`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct At(Vec<Step>);
+
+impl At {
+    /// The document itself.
+    pub(crate) fn root() -> Self {
+        Self::default()
+    }
+
+    /// The value below `key`.
+    pub(crate) fn key(&self, key: &str) -> Self {
+        let mut steps = self.0.clone();
+        steps.push(Step::Key(key.to_owned()));
+        Self(steps)
+    }
+
+    /// The item `index` of a list.
+    pub(crate) fn item(&self, index: usize) -> Self {
+        let mut steps = self.0.clone();
+        steps.push(Step::Item(index));
+        Self(steps)
+    }
+}
+
+/// The files, the tree read from them, and which parts of it had to be left out.
+#[derive(Debug)]
+pub(crate) struct Places {
+    /// The files that were read.
+    pub sources: Vec<Source>,
+    /// The tree without the parts that could not be understood.
+    pub tree: Tree,
+    /// Paths of these parts.
+    pub broken: BTreeSet<String>,
+    secrets: Vec<Place>,
+}
+
+impl Places {
+    /// Notes where secrets stand, so that no snippet shows them.
+    pub(crate) fn new(sources: Vec<Source>, tree: Tree) -> Self {
+        let secrets = secrets(&tree);
+        Self { sources, tree, broken: BTreeSet::new(), secrets }
+    }
+
+    /// Where `at` stands and its path as written; of a part that is absent, where the closest part around it stands.
+    fn find(&self, at: &At) -> (Place, String) {
+        let mut tree = &self.tree;
+        let mut place = tree.place;
+        for step in &at.0 {
+            let below = match step {
+                Step::Key(key) => tree.entry(key).map(|entry| (&entry.tree, entry.place)),
+                Step::Item(index) => tree.items().get(*index).map(|item| (item, Place { width: 1, ..item.place })),
+            };
+            let Some((next, holder)) = below else { break };
+            tree = next;
+            // Of a scalar its own place, of a collection that of its key: it may go over many lines.
+            place = match tree.value {
+                Value::List(_) | Value::Map(_) => holder,
+                Value::Null | Value::Bool(_) | Value::Whole(..) | Value::Number(..) | Value::Text(_) => tree.place,
+            };
+        }
+        (place, tree.path.clone())
+    }
+
+    /// A problem at `at`; none if that part was already refused for another reason.
+    pub(crate) fn problem(
+        &self,
+        severity: Severity,
+        at: &At,
+        message: String,
+        hint: Option<String>,
+    ) -> Option<Problem> {
+        let (place, path) = self.find(at);
+        let inside = |part: &String| match part.strip_prefix(path.as_str()) {
+            Some(rest) => rest.is_empty() || rest.starts_with(['.', '[']) || path.is_empty(),
+            None => false,
+        };
+        if self.broken.iter().any(inside) {
+            return None;
+        }
+        Some(self.show(severity, place, path, message, hint))
+    }
+
+    fn get(&self, at: &At) -> Option<&Tree> {
+        at.0.iter().try_fold(&self.tree, |tree, step| match step {
+            Step::Key(key) => tree.entry(key).map(|entry| &entry.tree),
+            Step::Item(index) => tree.items().get(*index),
+        })
+    }
+
+    /// Whether this part is written down.
+    pub(crate) fn has(&self, at: &At) -> bool {
+        self.get(at).is_some()
+    }
+
+    /// Whether anything is written below this part.
+    pub(crate) fn has_any(&self, at: &At) -> bool {
+        self.get(at).is_some_and(|tree| !tree.entries().is_empty())
+    }
+
+    /// The item `index` of a list that may also be written as its only item.
+    pub(crate) fn listed(&self, at: &At, index: usize) -> At {
+        if self.get(at).is_some_and(|tree| matches!(tree.value, Value::List(_))) { at.item(index) } else { at.clone() }
+    }
+
+    /// The place of `at` for a hint: the line, and the file where it is not that of `near`.
+    pub(crate) fn whereabouts(&self, at: &At, near: &At) -> String {
+        let (place, _) = self.find(at);
+        self.line_of(place, self.find(near).0.file)
+    }
+
+    /// A place in words, seen from the file `near`.
+    pub(crate) fn line_of(&self, place: Place, near: usize) -> String {
+        match self.sources.get(place.file) {
+            Some(source) if place.file != near => format!("line {} of {}", place.line, source.name),
+            Some(_) | None => format!("line {}", place.line),
+        }
+    }
+
+    /// Whether a secret stands at this place.
+    pub(crate) fn is_secret(&self, place: Place) -> bool {
+        self.secrets.contains(&place)
+    }
+
+    /// A problem at a place.
+    pub(crate) fn show(
+        &self,
+        severity: Severity,
+        place: Place,
+        path: String,
+        message: String,
+        hint: Option<String>,
+    ) -> Problem {
+        let source = self.sources.get(place.file);
+        let line = source.and_then(|source| source.text.lines().nth((place.line as usize).saturating_sub(1)));
+        let line = self.masked(line.unwrap_or_default(), place);
+        Problem {
+            severity,
+            file: source.map(|source| source.name.clone()).unwrap_or_default(),
+            line: place.line,
+            column: place.column,
+            path,
+            message,
+            hint,
+            snippet: Some(snippet(&line, place.line, place.column, place.width)),
+        }
+    }
+
+    fn masked(&self, line: &str, place: Place) -> String {
+        let mut chars: Vec<char> = line.chars().collect();
+        // A secret over several lines starts above this one and has an end that is not worth finding.
+        let spans = |secret: &&Place| secret.file == place.file && secret.line <= place.line;
+        for secret in self.secrets.iter().filter(spans) {
+            let below = (place.line - secret.line) as usize;
+            let source = self.sources.get(secret.file);
+            let (start, width) = if below == 0 {
+                ((secret.column as usize).saturating_sub(1), secret.width as usize)
+            } else {
+                let lines = source.map(|source| source.text.lines().skip((secret.line as usize).saturating_sub(1)));
+                let above: usize = lines.map_or(0, |lines| lines.take(below).map(|l| l.chars().count() + 1).sum());
+                (0, (secret.width as usize + secret.column as usize).saturating_sub(above + 1))
+            };
+            chars.iter_mut().skip(start).take(width).for_each(|c| *c = '*');
+        }
+        chars.into_iter().collect()
+    }
+}
+
+/// Where plain-text secrets stand.
+fn secrets(tree: &Tree) -> Vec<Place> {
+    let below = |tree: &Tree, path: &[&str]| {
+        path.iter().try_fold(tree.clone(), |tree, key| tree.entry(key).map(|entry| entry.tree.clone()))
+    };
+    let mut found: Vec<Tree> = Vec::new();
+    found.extend(below(tree, &["store", "redis", "url"]));
+    found.extend(below(tree, &["server", "admin", "token"]));
+    if let Some(keys) = tree.entry("keys") {
+        found.extend(keys.tree.items().iter().filter_map(|key| below(key, &["key"])));
+    }
+    for upstream in tree.entry("upstreams").map(|entry| entry.tree.entries()).unwrap_or_default() {
+        found.extend(below(&upstream.tree, &["credentials"]).iter().flat_map(Tree::items).cloned());
+        let nodes = below(&upstream.tree, &["nodes"]);
+        for node in nodes.iter().flat_map(Tree::items) {
+            let url = node.entry("url").map_or(node, |entry| &entry.tree);
+            // An address with a password is refused, and then shown.
+            if matches!(&url.value, Value::Text(text) if text.contains('@')) {
+                found.push(url.clone());
+            }
+        }
+    }
+    found.retain(|tree| !matches!(tree.value, Value::Map(_) | Value::List(_) | Value::Null));
+    found.iter().map(|tree| tree.place).collect()
+}

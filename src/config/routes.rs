@@ -1,0 +1,195 @@
+//! `routes:` — which request goes where, through which filters.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use tollgate_filters::config::{Period, Size};
+use tollgate_filters::limit::dimension::Limits;
+
+use super::store::WhenDown;
+use super::upstreams::Dialect;
+use super::words::{Allowed, Many, Toggle};
+
+/// Which requests go where. Just one of `call` and `pass`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Route {
+    /// Its name in logs, metrics and keys.
+    pub name: String,
+    /// Which requests it takes; all conditions must hold.
+    #[serde(rename = "match")]
+    pub matching: Match,
+    /// A metered API call: the body is read and inspected, attempts may be repeated.
+    #[serde(default)]
+    pub call: Option<Call>,
+    /// Everything else: streamed both ways as it is.
+    #[serde(default)]
+    pub pass: Option<Pass>,
+    /// What requests go through.
+    #[serde(default)]
+    pub filters: Filters,
+    /// Limits of all calls of this route together.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Size of the body. Default: of a call route `server.limits.body_bytes`; a pass route has no limit.
+    #[serde(default)]
+    pub body_bytes: Option<Size>,
+    /// Dialect of our own answers and errors. Default: `dify` if the upstream speaks it, `anthropic` for /v1/messages, else `openai`.
+    #[serde(default)]
+    pub dialect: Option<Dialect>,
+    /// What happens to calls of this route while Redis is away. Default: as the tier or `store.redis.when_down`.
+    #[serde(default)]
+    pub when_down: Option<WhenDown>,
+    /// What happens upstream when the client leaves a call. Default `cancel`.
+    #[serde(default)]
+    pub on_abort: OnAbort,
+}
+
+/// Which requests a route takes. All conditions must hold; a list holds if one of its members does.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Match {
+    /// Whole paths; a segment `*` stands for any one segment. Not together with `prefix`.
+    pub path: Many,
+    /// Beginnings of paths, whole segments. Not together with `path`.
+    pub prefix: Many,
+    /// Methods. Default: all.
+    pub method: Many,
+    /// Host names without port; `*.example.org` takes every name below. Default: all.
+    pub host: Many,
+    /// Headers and their values.
+    pub header: BTreeMap<String, String>,
+    /// Query parameters and their values.
+    pub query: BTreeMap<String, String>,
+}
+
+/// Where the calls of a route go. Just one of `models` and `upstream`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Call {
+    /// `"*"` or a list: the body's `model` is looked up among these.
+    #[serde(default)]
+    pub models: Option<Allowed>,
+    /// Name of an upstream that gets the call as it is.
+    #[serde(default)]
+    pub upstream: Option<String>,
+}
+
+/// Where the requests of a pass route go.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Pass {
+    /// Name of an upstream.
+    pub upstream: String,
+    /// Websocket upgrades are let through. Default false.
+    #[serde(default)]
+    pub websocket: bool,
+    /// The node sees the client's Host instead of its own. Default false.
+    #[serde(default)]
+    pub preserve_host: bool,
+}
+
+/// What happens upstream when the client leaves a call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum OnAbort {
+    /// The attempt is given up at once.
+    #[default]
+    Cancel,
+    /// The answer is read to its end and counted.
+    Finish,
+}
+
+/// What the requests of a route go through: settings, or `off`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Filters {
+    /// Only callers with a key. Default on.
+    pub auth: Toggle<AuthFilter>,
+    /// What a body may ask for. Default on.
+    pub guard: Toggle<GuardFilter>,
+    /// Limits of key, route, model and all. Default on.
+    pub limit: Toggle<LimitFilter>,
+    /// Answers kept for the same question. Default off.
+    pub cache: Toggle<CacheFilter>,
+    /// Cross-origin requests of browsers. Default off.
+    pub cors: Toggle<CorsFilter>,
+}
+
+impl Default for Filters {
+    fn default() -> Self {
+        Self {
+            auth: Toggle::default(),
+            guard: Toggle::default(),
+            limit: Toggle::default(),
+            cache: Toggle::Off,
+            cors: Toggle::Off,
+        }
+    }
+}
+
+/// Settings of `auth`; there are none yet.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct AuthFilter {}
+
+/// Settings of `limit`; there are none yet.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct LimitFilter {}
+
+/// Settings of `guard`.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct GuardFilter {
+    /// Most completion tokens a call may ask for. Default: any number.
+    pub max_tokens: Option<u64>,
+    /// Most answers (`n`) a call may ask for. Default: any number.
+    pub max_choices: Option<u32>,
+    /// Top-level fields of the body that are refused with `field_not_allowed`. Default: none.
+    pub deny_fields: Vec<String>,
+}
+
+/// Settings of `cache`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CacheFilter {
+    /// How long an answer is kept. Default 1h.
+    pub ttl: Period,
+}
+
+impl Default for CacheFilter {
+    fn default() -> Self {
+        Self { ttl: Period::secs(3600) }
+    }
+}
+
+/// Settings of `cors`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CorsFilter {
+    /// Origins that may read answers, or `"*"`. Default `["*"]`.
+    pub origins: Many,
+    /// Methods they may use. Default GET, POST, PUT, PATCH, DELETE.
+    pub methods: Many,
+    /// Request headers they may send. Default authorization, content-type, x-api-key.
+    pub headers: Many,
+    /// How long a browser may keep a preflight's answer. Default 10m.
+    pub max_age: Period,
+    /// Cookies are let through; not with origin `*`. Default false.
+    pub credentials: bool,
+}
+
+impl Default for CorsFilter {
+    fn default() -> Self {
+        let words = |words: &[&str]| Many(words.iter().map(|word| (*word).to_owned()).collect());
+        Self {
+            origins: words(&["*"]),
+            methods: words(&["GET", "POST", "PUT", "PATCH", "DELETE"]),
+            headers: words(&["authorization", "content-type", "x-api-key"]),
+            max_age: Period::secs(600),
+            credentials: false,
+        }
+    }
+}
