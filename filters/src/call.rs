@@ -1,0 +1,87 @@
+//! What a client asked: the few fields of a JSON body that the gateway needs, read in one pass without a tree, and the body rewritten
+//! where it must be and nowhere else.
+
+mod fields;
+mod prompt;
+mod rewrite;
+
+use bytes::Bytes;
+
+pub use crate::dialect::{CallKind, Dialect};
+use crate::error::Result;
+pub use crate::meter::estimate::PromptSize;
+
+/// A place in the body: offsets of its first byte and of the one behind its last.
+type Span = (usize, usize);
+
+/// One call as its body states it.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// What kind of call it is.
+    pub kind: CallKind,
+    /// The dialect that the body is in.
+    pub dialect: Dialect,
+    /// The model asked for, if the body names one.
+    pub model: Option<Box<str>>,
+    /// Whether the answer is to be a stream.
+    pub stream: bool,
+    /// `stream_options.include_usage` as the client wrote it.
+    pub include_usage: Option<bool>,
+    /// How many answers are asked for (`n`, or `best_of` if larger).
+    pub n: u32,
+    /// The most output tokens of one answer, if the client limits them.
+    pub max_tokens: Option<u64>,
+    /// Whom the client says it asks for.
+    pub user: Option<Box<str>>,
+    /// The prompt's size, for the estimate.
+    pub prompt: PromptSize,
+    /// A hash of how the prompt begins (tools, system, first user message): equal for the turns of one conversation.
+    pub anchor: u64,
+    /// Length of the body in bytes.
+    pub body_len: usize,
+    spans: Spans,
+}
+
+/// Where the fields that may be rewritten stand.
+#[derive(Debug, Clone, Copy, Default)]
+struct Spans {
+    /// The value of `model`, with its quotes.
+    model: Option<Span>,
+    stream_options: StreamOptions,
+    /// The brace that ends the body.
+    end: usize,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+enum StreamOptions {
+    /// There are none.
+    #[default]
+    Absent,
+    /// They are null.
+    Null(Span),
+    /// An object without `include_usage`: where to insert, and whether a comma must follow.
+    Without(usize, bool),
+    /// An object with `include_usage`: its value.
+    With(Span),
+}
+
+impl Call {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// `invalid_json` with the byte offset, `duplicate_field`, or `invalid_request`, with the field at fault.
+    pub fn parse(kind: CallKind, dialect: Dialect, body: &[u8]) -> Result<Self> {
+        fields::parse(kind, dialect, body)
+    }
+
+    /// The body with another model name and, if `ask_usage`, with the usage of a stream asked for. Every other byte stays; if nothing
+    /// changes it is the same body, not a copy. `body` must be the one that was parsed.
+    pub fn rewrite(&self, body: &Bytes, model: Option<&str>, ask_usage: bool) -> Bytes {
+        rewrite::rewrite(self, body, model, ask_usage)
+    }
+
+    /// Whether [`rewrite`](Self::rewrite) with `ask_usage` makes the upstream send usage that the client did not ask for.
+    pub fn hides_usage(&self) -> bool {
+        self.stream && self.kind.takes_stream_options() && self.include_usage != Some(true)
+    }
+}

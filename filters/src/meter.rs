@@ -1,0 +1,2 @@
+//! The observer of one answer of one attempt.
+pub mod estimate;
