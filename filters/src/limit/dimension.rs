@@ -115,7 +115,9 @@ impl<'de> Deserialize<'de> for Limit {
             }
 
             fn visit_i64<E: de::Error>(self, limit: i64) -> Result<Limit, E> {
-                u64::try_from(limit).map(|limit| Limit { limit, shadow: false }).map_err(|_| E::custom("a limit is never negative"))
+                u64::try_from(limit)
+                    .map(|limit| Limit { limit, shadow: false })
+                    .map_err(|_| E::custom("a limit is never negative"))
             }
 
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Limit, A::Error> {
