@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::config::ConfigError;
 use crate::error::{BadRequest, GatewayError, Result};
 use crate::exchange::Arrival;
 use crate::filter::{Deps, Filter, Flow};
@@ -170,8 +171,8 @@ impl Filter for Auth {
     const NAME: &'static str = "auth";
     type Config = AuthConfig;
 
-    fn build(_: Self::Config, deps: &Deps) -> Self {
-        Self { keys: Arc::clone(&deps.keys) }
+    fn build(_: &Self::Config, _: &str, deps: &Deps) -> Result<Self, ConfigError> {
+        Ok(Self { keys: Arc::clone(&deps.keys) })
     }
 
     async fn arrive(&self, head: &http::request::Parts, arrival: &mut Arrival) -> Result<Flow> {

@@ -77,6 +77,11 @@ pub fn pick(policy: Policy, candidates: &[Candidate], marks: Marks, turn: &Atomi
     }
 }
 
+/// The hash of a session mark, a node's name or another text that decides about a place.
+pub fn session_mark(text: &str) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(text.as_bytes())
+}
+
 /// Mixes two hashes into one (the finaliser of MurmurHash3 over their xor and product).
 pub(crate) const fn mix(a: u64, b: u64) -> u64 {
     let mut h = a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -80,6 +80,11 @@ impl Call {
         rewrite::rewrite(self, body, model, ask_usage)
     }
 
+    /// Tokens of the prompt, by estimate.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt.tokens()
+    }
+
     /// Whether [`rewrite`](Self::rewrite) with `ask_usage` makes the upstream send usage that the client did not ask for.
     pub fn hides_usage(&self) -> bool {
         self.stream && self.kind.takes_stream_options() && self.include_usage != Some(true)

@@ -48,31 +48,31 @@ macro_rules! chain {
             /// # Errors
             /// The first that a filter reports.
             pub fn response(&self, head: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
-                chain!(@backward self, response, (head, exchange), ?, [$($field)*] []);
+                chain!(@backward self, response, (head, exchange), [?], [$($field)*] []);
                 Ok(())
             }
 
             /// Tells all filters that the request is over, last filter first.
             pub fn logging(&self, exchange: &mut Exchange) {
-                chain!(@backward self, logging, (exchange), , [$($field)*] []);
+                chain!(@backward self, logging, (exchange), [], [$($field)*] []);
             }
         }
     };
-    (@backward $self:ident, $hook:ident, $args:tt, $($try:tt)?, [$first:ident $($rest:ident)*] [$($done:ident)*]) => {
-        chain!(@backward $self, $hook, $args, $($try)?, [$($rest)*] [$first $($done)*])
+    (@backward $self:ident, $hook:ident, $args:tt, $try:tt, [$first:ident $($rest:ident)*] [$($done:ident)*]) => {
+        chain!(@backward $self, $hook, $args, $try, [$($rest)*] [$first $($done)*])
     };
-    (@backward $self:ident, $hook:ident, $args:tt, $($try:tt)?, [] [$($field:ident)*]) => {
-        chain!(@each $self, $hook, $args, [$($try)?], $($field)*)
+    (@backward $self:ident, $hook:ident, $args:tt, $try:tt, [] [$($field:ident)*]) => {
+        chain!(@each $self, $hook, $args, $try, $($field)*)
     };
     (@each $self:ident, $hook:ident, $args:tt, $try:tt, $($field:ident)*) => {
         $(if let Some(filter) = &$self.$field { chain!(@call filter, $hook, $args, $try); })*
     };
-    (@call $filter:ident, $hook:ident, ($($arg:ident),*), [$($try:tt)?]) => { $filter.$hook($($arg),*)$($try)? };
+    (@call $filter:ident, $hook:ident, ($($arg:ident),*), [$($try:tt)?]) => { Filter::$hook($filter, $($arg),*)$($try)? };
 }
 
 chain! {
     /// Answers preflights before a key is asked for, and marks answers for browsers.
-    cors: crate::cors::Cors,
+    cors: crate::cors::CorsPolicy,
     /// Who calls; before the body is read, so that a stranger costs nothing.
     auth: crate::auth::Auth,
     /// What may be asked for; before anything is counted, so that a refused call costs no quota.

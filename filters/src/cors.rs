@@ -2,16 +2,22 @@
 //!
 //! Pure: it reads header values and gives header values. A preflight carries no key, so it is answered before `auth`.
 
-use http::Method;
+use bytes::Bytes;
 use http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
-    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, HeaderName, HeaderValue, VARY,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, HeaderName, HeaderValue, ORIGIN, VARY,
 };
+use http::{Method, StatusCode};
+use pingora_http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use smallvec::{SmallVec, smallvec};
 
 use crate::config::{ConfigError, Period};
+use crate::error::{self, GatewayError};
+use crate::exchange::{Arrival, Exchange};
+use crate::filter::{Deps, Filter, Flow, Reply};
 
 /// Headers to set on an answer. `vary` is to be appended to what is there, every other one replaces its namesakes.
 pub type Headers = SmallVec<[(HeaderName, HeaderValue); 6]>;
@@ -276,6 +282,46 @@ impl CorsPolicy {
                 names.iter().all(|name| known.contains(name)).then(|| Some(line.clone()))
             }
         }
+    }
+}
+
+impl Filter for CorsPolicy {
+    const NAME: &'static str = "cors";
+    type Config = Cors;
+
+    fn build(config: &Self::Config, path: &str, _: &Deps) -> Result<Self, ConfigError> {
+        config.policy(path)
+    }
+
+    async fn arrive(&self, head: &http::request::Parts, arrival: &mut Arrival) -> error::Result<Flow> {
+        let origin = head.headers.get(ORIGIN);
+        arrival.origin = origin.cloned();
+        let (Some(origin), Some(method)) = (origin, head.headers.get(ACCESS_CONTROL_REQUEST_METHOD)) else {
+            return Ok(Flow::Next);
+        };
+        if head.method != Method::OPTIONS {
+            return Ok(Flow::Next);
+        }
+        arrival.preflight = true;
+        let asked = head.headers.get(ACCESS_CONTROL_REQUEST_HEADERS).map(HeaderValue::as_bytes);
+        let told = self.preflight(origin.as_bytes(), method.as_bytes(), asked).unwrap_or_else(|| self.refused());
+        let headers = told.into_iter().collect();
+        Ok(Flow::Answer(Box::new(Reply { status: StatusCode::NO_CONTENT, headers, body: Bytes::new() })))
+    }
+
+    fn response(&self, head: &mut ResponseHeader, exchange: &Exchange) -> error::Result<()> {
+        if exchange.arrival.preflight {
+            return Ok(());
+        }
+        for name in &REPLACED {
+            head.remove_header(name);
+        }
+        let origin = exchange.arrival.origin.as_ref().map(HeaderValue::as_bytes);
+        for (name, value) in CorsPolicy::response(self, origin) {
+            let written = if name == VARY { head.append_header(name, value).map(|_| ()) } else { head.insert_header(name, value) };
+            written.map_err(|_| GatewayError::Internal)?;
+        }
+        Ok(())
     }
 }
 

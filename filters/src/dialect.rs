@@ -107,6 +107,15 @@ impl CallKind {
         }
     }
 
+    /// Whether the answer is generated text, so that its length has to be guessed beforehand.
+    pub const fn generates(self) -> bool {
+        match self {
+            Self::Chat | Self::Completion | Self::Responses | Self::Messages => true,
+            Self::DifyChat | Self::DifyCompletion | Self::DifyWorkflow => true,
+            Self::Embedding | Self::Rerank | Self::Other => false,
+        }
+    }
+
     /// Whether usage on a stream has to be asked for with `stream_options`.
     pub const fn takes_stream_options(self) -> bool {
         matches!(self, Self::Chat | Self::Completion)

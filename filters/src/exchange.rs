@@ -33,6 +33,8 @@ pub struct Arrival {
     pub unix_seconds: u64,
     /// Origin of a browser's request, where the route answers those.
     pub origin: Option<HeaderValue>,
+    /// Whether it is a browser's preflight, which has been answered.
+    pub preflight: bool,
     /// Who calls, once that is known.
     pub caller: Option<Arc<Caller>>,
 }

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Keys;
+use crate::config::ConfigError;
 use crate::error::Result;
 use crate::exchange::{Arrival, Exchange};
 use crate::limit::{Ledger, RuleSet};
@@ -55,8 +56,11 @@ pub trait Filter: Sized + Send + Sync + 'static {
     /// Its settings.
     type Config: DeserializeOwned + JsonSchema;
 
-    /// Makes the filter of one route.
-    fn build(config: Self::Config, deps: &Deps) -> Self;
+    /// Makes the filter of one route; `path` is the place of its settings, for errors.
+    ///
+    /// # Errors
+    /// Settings that contradict each other.
+    fn build(config: &Self::Config, path: &str, deps: &Deps) -> Result<Self, ConfigError>;
 
     /// On the request head, before the body is read.
     fn arrive(&self, _: &http::request::Parts, _: &mut Arrival) -> impl Future<Output = Result<Flow>> + Send {

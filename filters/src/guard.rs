@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::config::ConfigError;
 use crate::error::{GatewayError, Result};
 use crate::exchange::Exchange;
 use crate::filter::{Deps, Filter, Flow};
@@ -20,8 +21,8 @@ impl Filter for Guard {
     const NAME: &'static str = "guard";
     type Config = GuardConfig;
 
-    fn build(_: Self::Config, _: &Deps) -> Self {
-        Self
+    fn build(_: &Self::Config, _: &str, _: &Deps) -> Result<Self, ConfigError> {
+        Ok(Self)
     }
 
     async fn request(&self, exchange: &mut Exchange) -> Result<Flow> {

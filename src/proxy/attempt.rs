@@ -12,7 +12,7 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::{RequestHeader, ResponseHeader};
 use smallvec::SmallVec;
 use tokio::time::{Instant, sleep_until};
-use tollgate_filters::call::CallKind;
+use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::meter::Meter;
 use tollgate_filters::model::Target;
@@ -160,7 +160,7 @@ fn meter(ctx: &Ctx, dialect: Dialect, stream: bool) -> Meter {
     let call = ctx.exchange.call.as_ref();
     let kind = call.map_or(CallKind::Other, |c| c.kind);
     // The usage that only we asked for is taken out of what the client sees.
-    let hide = call.is_some_and(|c| c.asks_usage() && c.include_usage != Some(true));
+    let hide = call.is_some_and(Call::hides_usage);
     if stream { Meter::stream(dialect, kind, hide) } else { Meter::plain(dialect, kind) }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE};
-use http::{HeaderMap, Method, Version};
+use http::{HeaderMap, HeaderValue, Method, Version};
 use pingora_core::protocols::http::ServerSession;
 use pingora_http::RequestHeader;
 use tollgate_filters::error::{BadRequest, GatewayError, Result, Unavailable};
@@ -52,11 +52,12 @@ pub fn arrival(client: &ServerSession, runtime: &Runtime) -> Exchange {
         route: Arc::clone(&runtime.own.name),
         route_rules: Arc::clone(&runtime.own.rules),
         dialect: runtime.own.dialect,
-        request_id: trace::request_id(head.headers.get("x-request-id").map(http::HeaderValue::as_bytes), rand::random()),
-        trace: trace::TraceContext::continue_from(&head.headers, rand::random()),
+        request_id: trace::request_id(head.headers.get("x-request-id").map(HeaderValue::as_bytes), rand::random()),
+        trace: trace::TraceContext::of_request(head.headers.get("traceparent").map(HeaderValue::as_bytes), rand::random(), rand::random()),
         client_ip,
         unix_seconds,
         origin: None,
+        preflight: false,
         caller: None,
     })
 }

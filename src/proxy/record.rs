@@ -42,9 +42,9 @@ fn note_status(client: &ServerSession, ctx: &mut Ctx, left: bool) {
 fn phase(ctx: &Ctx) -> AbortPhase {
     let tally = &ctx.exchange.tally;
     match (tally.first_token, tally.attempts) {
-        (Some(_), _) => AbortPhase::Streaming,
+        (Some(_), _) => AbortPhase::Answer,
         (None, 0) => AbortPhase::Request,
-        (None, _) => AbortPhase::Waiting,
+        (None, _) => AbortPhase::FirstToken,
     }
 }
 

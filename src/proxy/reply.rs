@@ -59,7 +59,7 @@ async fn linger(client: &mut ServerSession) {
 /// # Errors
 /// A header value that cannot be written.
 pub fn decorate(head: &mut ResponseHeader, ctx: &Ctx) -> pingora_core::Result<()> {
-    head.insert_header("x-request-id", ctx.exchange.arrival.request_id.as_str())?;
+    head.insert_header("x-request-id", ctx.exchange.arrival.request_id.header())?;
     if let Some(route) = &ctx.route {
         if route.is_configured() {
             head.insert_header("x-tollgate-route", &*route.name)?;

@@ -137,7 +137,7 @@ fn identify(head: &mut RequestHeader, dialect: Dialect, credential: Option<&Cred
 /// Tells a node of our own who calls and from where.
 pub fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forwarded) -> pingora_core::Result<()> {
     let arrival = &exchange.arrival;
-    head.insert_header("x-request-id", arrival.request_id.as_str())?;
+    head.insert_header("x-request-id", arrival.request_id.header())?;
     if let Some(caller) = &arrival.caller {
         head.insert_header("x-user-id", &*caller.id)?;
         if let Some(tier) = &caller.tier {
@@ -148,7 +148,7 @@ pub fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forw
     head.insert_header("x-forwarded-proto", forwarded.proto)?;
     head.insert_header("x-forwarded-host", forwarded.host.as_str())?;
     head.insert_header("x-real-ip", forwarded.client.to_string())?;
-    head.insert_header("traceparent", arrival.trace.traceparent())
+    head.insert_header("traceparent", arrival.trace.header())
 }
 
 /// Puts a node's path prefix before the path of a request that is passed on.

@@ -13,11 +13,8 @@ use tollgate_filters::auth::{Auth, AuthConfig, Caller, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
-use tollgate_filters::cors::Cors;
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
-use tollgate_filters::guard::{Guard, GuardConfig};
-use tollgate_filters::limit::filter::{Limit, LimitConfig};
 use tollgate_filters::limit::rule::Zone;
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
 use tollgate_filters::model::{Model, Price, Retry, Target};
@@ -26,7 +23,7 @@ use tollgate_filters::route::{Matcher, PathRule, Router};
 use tollgate_filters::upstream::{Credential, Node, NodeState, Pool, Timeouts, Upstream};
 
 use super::{Callee, Checked, Lane, Lasting, Pass, Route, Runtime};
-use crate::config::{self, Allowed, Document};
+use crate::config::{self, Allowed, Document, Toggle};
 
 type Built<T> = Result<T, ConfigError>;
 
@@ -63,7 +60,7 @@ pub fn build(checked: &Checked<'_>, before: Option<&Runtime>, world: &dyn World,
         upstreams,
         keys,
         global,
-        own: Arc::new(own("gateway", &deps, Chain { auth: Some(Auth::build(AuthConfig {}, &deps)), ..Chain::default() })),
+        own: Arc::new(own("gateway", &deps, Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() })),
         open: Arc::new(own("gateway", &deps, Chain::default())),
         trusted: document.server.trusted_proxies.clone(),
         header_bytes: document.server.limits.header_bytes.bytes(),
@@ -288,11 +285,14 @@ fn nameless(upstream: &Arc<Upstream>) -> Model {
 
 fn chain(written: &config::Route, index: usize, deps: &Deps) -> Built<Chain> {
     let filters = &written.filters;
-    let cors = filters.cors.on().map(|cors: &Cors| cors.policy(&format!("routes[{index}].filters.cors"))).transpose()?;
     Ok(Chain {
-        cors,
-        auth: filters.auth.on().map(|config| Auth::build(config.clone(), deps)),
-        guard: filters.guard.on().map(|_| Guard::build(GuardConfig {}, deps)),
-        limit: filters.limit.on().map(|_| Limit::build(LimitConfig {}, deps)),
+        cors: on(&filters.cors, index, deps)?,
+        auth: on(&filters.auth, index, deps)?,
+        guard: on(&filters.guard, index, deps)?,
+        limit: on(&filters.limit, index, deps)?,
     })
+}
+
+fn on<F: Filter>(toggle: &Toggle<F::Config>, index: usize, deps: &Deps) -> Built<Option<F>> {
+    toggle.on().map(|config| F::build(config, &format!("routes[{index}].filters.{}", F::NAME), deps)).transpose()
 }

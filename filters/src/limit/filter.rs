@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::headers::standing_headers;
 use super::{Decision, Estimate, Ledger, Plan, RuleSet, Standings};
+use crate::config::ConfigError;
 use crate::error::{GatewayError, Result};
 use crate::exchange::Exchange;
 use crate::filter::{Deps, Filter, Flow};
@@ -65,8 +66,8 @@ impl Filter for Limit {
     const NAME: &'static str = "limit";
     type Config = LimitConfig;
 
-    fn build(_: Self::Config, deps: &Deps) -> Self {
-        Self { ledger: deps.ledger.clone(), global: Arc::clone(&deps.global), metrics: Arc::clone(&deps.metrics) }
+    fn build(_: &Self::Config, _: &str, deps: &Deps) -> Result<Self, ConfigError> {
+        Ok(Self { ledger: deps.ledger.clone(), global: Arc::clone(&deps.global), metrics: Arc::clone(&deps.metrics) })
     }
 
     async fn request(&self, exchange: &mut Exchange) -> Result<Flow> {
