@@ -25,7 +25,7 @@ impl<'a> Prompt<'a> {
         let bytes = raw.as_bytes();
         match name {
             "messages" | "contents" | "input" | "prompt" => {
-                let mut conversation = Conversation { size: &mut self.size, every_key: false, user: false, opening: None };
+                let mut conversation = Conversation { size: &mut self.size, every_key: false, role: false, user: false, opening: None };
                 walk(bytes, 1, &mut conversation)?;
                 let cut = match conversation.opening {
                     Some(end) => end,
@@ -69,10 +69,7 @@ impl<'a> Prompt<'a> {
     }
 
     fn walk_text(&mut self, bytes: &[u8], every_key: bool) -> Result<(), TooDeep> {
-        let messages = self.size.messages;
-        walk(bytes, 1, &mut Conversation { size: &mut self.size, every_key, user: false, opening: None })?;
-        self.size.messages = messages;
-        Ok(())
+        walk(bytes, 1, &mut Conversation { size: &mut self.size, every_key, role: false, user: false, opening: None })
     }
 
     /// A hash of how the prompt begins. A client that repeats the conversation with each turn repeats these bytes.
@@ -91,7 +88,9 @@ struct Conversation<'s> {
     size: &'s mut PromptSize,
     /// Whether strings count under every key, also those that mostly hold ids and addresses.
     every_key: bool,
-    /// Whether the message at hand is a user's.
+    /// Whether the thing at hand is a message: it has a role.
+    role: bool,
+    /// Whether that role is the user's.
     user: bool,
     /// Where the first user's message ends.
     opening: Option<usize>,
@@ -103,7 +102,10 @@ impl Visit for Conversation<'_> {
             return self.size.text.feed_string(text);
         }
         match key {
-            b"role" => self.user |= depth == MESSAGE_DEPTH && text == b"user",
+            b"role" if depth == MESSAGE_DEPTH => {
+                self.role = true;
+                self.user = text == b"user";
+            }
             b"type" if is_media(text) => self.size.media += 1,
             b"type" | b"id" | b"tool_call_id" | b"tool_use_id" | b"call_id" | b"url" | b"image_url" | b"video_url" | b"data"
             | b"file_data" | b"file_id" | b"detail" | b"format" | b"media_type" | b"mime_type" | b"mimeType"
@@ -121,11 +123,11 @@ impl Visit for Conversation<'_> {
 
     fn close(&mut self, depth: usize, end: usize) {
         if depth == MESSAGE_DEPTH {
-            self.size.messages += 1;
+            self.size.messages += u64::from(self.role);
             if self.user && self.opening.is_none() {
                 self.opening = Some(end);
             }
-            self.user = false;
+            (self.role, self.user) = (false, false);
         }
     }
 }

@@ -49,7 +49,8 @@ pub const MEMBERS: &[&str] = &["usage", "error", "choices", "timings", "output"]
 struct Chunk<'a> {
     #[serde(borrow)]
     choices: Option<Choices<'a>>,
-    #[serde(borrow)]
+    /// Also `Some` where it is null: a null has to be hidden like a figure.
+    #[serde(borrow, default, deserialize_with = "present")]
     usage: Option<&'a RawValue>,
     #[serde(borrow)]
     timings: Option<&'a RawValue>,
@@ -61,6 +62,10 @@ struct Chunk<'a> {
     delta: Option<&'a RawValue>,
     #[serde(borrow)]
     response: Option<&'a RawValue>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 impl<'a> Chunk<'a> {
