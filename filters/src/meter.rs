@@ -89,7 +89,8 @@ impl Meter {
     }
 
     fn new(dialect: Dialect, kind: CallKind, body: Body) -> Self {
-        Self { dialect, kind, body, tally: Tally::default(), token: false, done: false }
+        let tally = Tally::new(matches!(body, Body::Plain(_)));
+        Self { dialect, kind, body, tally, token: false, done: false }
     }
 
     /// Takes a chunk, says what it held and what is to be sent on.

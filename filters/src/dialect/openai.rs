@@ -387,7 +387,10 @@ mod tests {
     #[test]
     fn usage_is_read_in_every_spelling() {
         let cases = [
-            (r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}"#, whole(11, None, 7, Some(18))),
+            (
+                r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}"#,
+                whole(11, None, 7, Some(18)),
+            ),
             (
                 r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"prompt_tokens_details":{"cached_tokens":8}}}"#,
                 whole(11, Some(8), 7, None),
@@ -422,8 +425,18 @@ mod tests {
     #[test]
     fn errors_are_seen_with_their_status() {
         for (data, status, code, message) in [
-            (r#"{"error":{"message":"slow","type":"rate_limit_error","code":null}}"#, Some(429), Some("rate_limit_error"), "slow"),
-            (r#"{"error":{"message":"bad","type":"BadRequestError","code":400}}"#, Some(400), Some("BadRequestError"), "bad"),
+            (
+                r#"{"error":{"message":"slow","type":"rate_limit_error","code":null}}"#,
+                Some(429),
+                Some("rate_limit_error"),
+                "slow",
+            ),
+            (
+                r#"{"error":{"message":"bad","type":"BadRequestError","code":400}}"#,
+                Some(400),
+                Some("BadRequestError"),
+                "bad",
+            ),
             (r#"{"error":"out of memory"}"#, None, None, "out of memory"),
             (r#"{"error":{}, "choices":[]}"#, None, None, ""),
         ] {

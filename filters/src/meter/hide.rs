@@ -94,7 +94,10 @@ mod tests {
             (r#"{"usage":null,"choices":[{}]}"#, r#"{"choices":[{}]}"#),
             (r#"{ "usage":null }"#, r#"{  }"#),
             (r#"{"choices":[{}],"usage":{"prompt_tokens":1,"x":"}"},"id":1}"#, r#"{"choices":[{}],"id":1}"#),
-            (r#"{"choices":[{"usage":null}],"x":"\"usage\":null"}"#, r#"{"choices":[{"usage":null}],"x":"\"usage\":null"}"#),
+            (
+                r#"{"choices":[{"usage":null}],"x":"\"usage\":null"}"#,
+                r#"{"choices":[{"usage":null}],"x":"\"usage\":null"}"#,
+            ),
         ] {
             let expected = format!("data: {without}\r\n\r\n");
             assert_eq!(hidden(&format!("data: {with}\r\n\r\n")), expected);

@@ -12,6 +12,8 @@ pub(super) struct Tally {
     stated: Option<Counts>,
     /// Whether `stated` covers all output up to here.
     covers: bool,
+    /// The answer is one document, whose usage covers all of it wherever it stands.
+    document: bool,
     /// Steps of a run, summed.
     steps: Counts,
     /// A run's sum.
@@ -21,8 +23,12 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    pub(super) fn new(document: bool) -> Self {
+        Self { document, ..Self::default() }
+    }
+
     pub(super) fn add(&mut self, reading: &Reading<'_>) {
-        if !reading.texts.is_empty() {
+        if !reading.texts.is_empty() && !self.document {
             // What comes behind a statement is not in it; the next statement will cover it.
             self.covers = false;
         }
@@ -36,7 +42,8 @@ impl Tally {
             }
             Some(Found::Begun(counts)) => self.stated.get_or_insert_default().update(counts),
             Some(Found::Step(counts)) => {
-                let sum = |sum: Option<u64>, step: Option<u64>| Some(sum.unwrap_or(0).saturating_add(step.unwrap_or(0)));
+                let sum =
+                    |sum: Option<u64>, step: Option<u64>| Some(sum.unwrap_or(0).saturating_add(step.unwrap_or(0)));
                 self.steps.input = sum(self.steps.input, counts.input);
                 self.steps.output = sum(self.steps.output, counts.output);
             }
@@ -54,16 +61,16 @@ impl Tally {
         // All zeros beside a text is what a stopped Dify run states: no statement.
         let honest = |counts: &Counts| !(counts.is_zero() && counted > 0);
         if let Some(counts) = self.stated.filter(honest) {
-            return self.from_statement(counts, counted, prompt_estimate);
+            return self.by_statement(counts, counted, prompt_estimate);
         }
-        if let Some(usage) = self.from_run(counted) {
+        if let Some(usage) = self.by_run(counted) {
             return usage;
         }
         let source = if counted > 0 { UsageSource::Counted } else { UsageSource::Estimated };
         Usage { input: prompt_estimate, cached_input: 0, output: counted, source }
     }
 
-    fn from_statement(&self, counts: Counts, counted: u64, prompt_estimate: u64) -> Usage {
+    fn by_statement(&self, counts: Counts, counted: u64, prompt_estimate: u64) -> Usage {
         // A chunk may bear text together with usage, or more text came since: then the larger figure is the truer.
         let output = match counts.output {
             Some(output) if self.covers => output,
@@ -77,8 +84,9 @@ impl Tally {
 
     /// A run states its sum, and the split with each step. A sum that is larger than its steps covers steps that are not shown; one
     /// that is smaller is that of a run which was stopped.
-    fn from_run(&self, counted: u64) -> Option<Usage> {
-        let split = Usage { input: self.steps.input.unwrap_or(0), output: self.steps.output.unwrap_or(0), ..Usage::default() };
+    fn by_run(&self, counted: u64) -> Option<Usage> {
+        let split =
+            Usage { input: self.steps.input.unwrap_or(0), output: self.steps.output.unwrap_or(0), ..Usage::default() };
         let total = self.total.unwrap_or(0).max(split.total());
         if total == 0 && (counted > 0 || self.total.is_none()) {
             return None;
@@ -89,7 +97,11 @@ impl Tally {
             input: split.input + rest - output,
             cached_input: 0,
             output: split.output + output,
-            source: if self.total.is_some_and(|stated| stated > 0) { UsageSource::Upstream } else { UsageSource::Counted },
+            source: if self.total.is_some_and(|stated| stated > 0) {
+                UsageSource::Upstream
+            } else {
+                UsageSource::Counted
+            },
         })
     }
 

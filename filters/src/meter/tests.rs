@@ -155,7 +155,7 @@ fn an_error_event_is_told_and_is_no_token() {
 fn a_stream_without_line_ends_is_given_up() {
     let mut meter = chat(true);
     let chunk = Bytes::from(vec![b'x'; 1 << 20]);
-    let fed = (0..5).map(|_| meter.feed(chunk.clone()).map(|_| ())).collect::<Result<(), _>>();
+    let fed = (0..5).try_for_each(|_| meter.feed(chunk.clone()).map(|_| ()));
     assert_eq!(fed, Err(MeterError::TooLong(TooLong::Line)));
 }
 
@@ -215,12 +215,14 @@ fn a_dify_workflow_is_split_by_its_nodes_as_far_as_they_say() {
 #[test]
 fn a_stopped_dify_run_is_charged_what_it_said_before() {
     let chunk = r#"{"event":"text_chunk","data":{"text":"one two"}}"#;
-    let stopped = r#"{"event":"workflow_finished","data":{"status":"stopped","error":"Stopped by user.","total_tokens":0}}"#;
+    let stopped =
+        r#"{"event":"workflow_finished","data":{"status":"stopped","error":"Stopped by user.","total_tokens":0}}"#;
     let whole = workflow(&[chunk, stopped]);
     assert_eq!(whole.usage, usage(100, 0, 3, UsageSource::Counted));
     assert!(whole.done && whole.error.is_none());
     let message = r#"{"event":"message","answer":"one two"}"#;
-    let end = r#"{"event":"message_end","metadata":{"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}}"#;
+    let end =
+        r#"{"event":"message_end","metadata":{"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}}"#;
     assert_eq!(workflow(&[message, end]).usage, usage(100, 0, 3, UsageSource::Counted));
 }
 
@@ -245,7 +247,8 @@ fn plain_answers_state_their_usage() {
     assert_eq!(plain(Dialect::Openai, CallKind::Rerank, rerank).usage, usage(9, 0, 0, UsageSource::Upstream));
     let anthropic = r#"{"content":[{"type":"text","text":"Hi"}],"usage":{"input_tokens":3,"output_tokens":2}}"#;
     assert_eq!(plain(Dialect::Anthropic, CallKind::Messages, anthropic).usage, usage(3, 0, 2, UsageSource::Upstream));
-    let dify = r#"{"event": "message", "answer": "Hi", "metadata": {"usage": {"prompt_tokens": 11, "completion_tokens": 7}}}"#;
+    let dify =
+        r#"{"event": "message", "answer": "Hi", "metadata": {"usage": {"prompt_tokens": 11, "completion_tokens": 7}}}"#;
     assert_eq!(plain(Dialect::Dify, CallKind::DifyChat, dify).usage, usage(11, 0, 7, UsageSource::Upstream));
     let run = r#"{"data": {"status": "succeeded", "outputs": {"text": "one two"}, "total_tokens": 18}}"#;
     assert_eq!(plain(Dialect::Dify, CallKind::DifyWorkflow, run).usage, usage(15, 0, 3, UsageSource::Upstream));
@@ -264,7 +267,8 @@ fn an_error_body_of_status_200_is_told() {
     let whole = plain(Dialect::Openai, CallKind::Chat, r#"{"error":{"message":"no","type":"rate_limit_error"}}"#);
     assert_eq!(whole.error.unwrap().status, Some(429));
     assert!(!whole.token);
-    let null = plain(Dialect::Openai, CallKind::Responses, r#"{"error":null,"usage":{"input_tokens":1,"output_tokens":2}}"#);
+    let null =
+        plain(Dialect::Openai, CallKind::Responses, r#"{"error":null,"usage":{"input_tokens":1,"output_tokens":2}}"#);
     assert_eq!(null.error, None);
     assert_eq!(null.usage, usage(1, 0, 2, UsageSource::Upstream));
     let failed = r#"{"task_id": "t", "data": {"status": "failed", "error": "boom", "total_tokens": 0}}"#;
@@ -305,8 +309,7 @@ fn split<'t>(text: &'t [u8], cuts: &mut [usize]) -> Vec<&'t [u8]> {
 fn every_split(text: &[u8], check: impl Fn(&[&[u8]])) {
     let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     for _ in 0..10_000 {
-        let mut cuts: Vec<usize> =
-            (0..rng.random_range(0..12)).map(|_| rng.random_range(0..=text.len())).collect();
+        let mut cuts: Vec<usize> = (0..rng.random_range(0..12)).map(|_| rng.random_range(0..=text.len())).collect();
         check(&split(text, &mut cuts));
     }
 }
@@ -332,7 +335,6 @@ fn ten_thousand_splits_give_the_same_bytes_when_usage_is_hidden() {
 
 #[test]
 #[ignore = "a measurement, to be run in release"]
-#[expect(clippy::print_stdout, reason = "it is the result")]
 fn speed_of_the_meter() {
     let chunk = Bytes::from_static(
         b"data: {\"id\":\"chatcmpl-0123456789\",\"object\":\"chat.completion.chunk\",\"created\":1795220241,\"model\":\"mock-chat\",\
@@ -347,7 +349,10 @@ fn speed_of_the_meter() {
         }
         println!("hide {hide}: {} ns per chunk", start.elapsed().as_nanos() / count);
     }
-    let answer = format!("{{\"data\":[{{\"embedding\":[{}]}}],\"usage\":{{\"prompt_tokens\":5}}}}", "-0.012345,".repeat(3 << 20));
+    let answer = format!(
+        "{{\"data\":[{{\"embedding\":[{}]}}],\"usage\":{{\"prompt_tokens\":5}}}}",
+        "-0.012345,".repeat(3 << 20)
+    );
     let mut meter = Meter::plain(Dialect::Openai, CallKind::Embedding);
     let bytes = Bytes::from(answer);
     let start = std::time::Instant::now();
