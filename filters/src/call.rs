@@ -90,3 +90,6 @@ impl Call {
         self.stream && self.kind.takes_stream_options() && self.include_usage != Some(true)
     }
 }
+
+#[cfg(test)]
+mod tests;

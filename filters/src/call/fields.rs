@@ -116,7 +116,8 @@ impl<'a> Fields<'a> {
         }
         let options = object(value.get().as_bytes()).map_err(|error| match error {
             GatewayError::BadRequest { code, param, message } => {
-                let param = param.map_or(Cow::Borrowed("stream_options"), |name| format!("stream_options.{name}").into());
+                let param =
+                    param.map_or(Cow::Borrowed("stream_options"), |name| format!("stream_options.{name}").into());
                 GatewayError::BadRequest { code, param: Some(param), message }
             }
             other => other,

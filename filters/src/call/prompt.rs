@@ -14,9 +14,9 @@ const ANCHOR_CUT: usize = 1024;
 #[derive(Default)]
 pub(super) struct Prompt<'a> {
     pub(super) size: PromptSize,
-    tools: &'a str,
-    system: &'a str,
-    opening: &'a str,
+    tools: &'a [u8],
+    system: &'a [u8],
+    opening: &'a [u8],
 }
 
 impl<'a> Prompt<'a> {
@@ -25,25 +25,26 @@ impl<'a> Prompt<'a> {
         let bytes = raw.as_bytes();
         match name {
             "messages" | "contents" | "input" | "prompt" => {
-                let mut conversation = Conversation { size: &mut self.size, every_key: false, user: false, opening: None };
+                let mut conversation =
+                    Conversation { size: &mut self.size, every_key: false, role: false, user: false, opening: None };
                 walk(bytes, 1, &mut conversation)?;
                 let cut = match conversation.opening {
                     Some(end) => end,
-                    None if name == "messages" => raw.len(),
-                    None => raw.floor_char_boundary(ANCHOR_CUT),
+                    None if name == "messages" => bytes.len(),
+                    None => ANCHOR_CUT,
                 };
-                self.opening = raw.get(..cut).unwrap_or_default();
+                self.opening = head(bytes, cut);
                 Ok(())
             }
             "system" | "systemInstruction" => {
-                self.system = raw;
+                self.system = bytes;
                 self.walk_text(bytes, false)
             }
             "documents" | "files" => self.walk_text(bytes, false),
             // The variables of a Dify app may have any name.
             "inputs" => self.walk_text(bytes, true),
             "tools" | "functions" => {
-                self.tools = raw;
+                self.tools = bytes;
                 // A schema is given to the model as text, keys and all.
                 self.size.text.feed(bytes);
                 walk(bytes, 1, &mut ())
@@ -59,28 +60,31 @@ impl<'a> Prompt<'a> {
     /// Takes in a field that is a string, a number or a word.
     pub(super) fn take_scalar(&mut self, name: &str, raw: &'a str) {
         let Some(text) = raw.strip_prefix('"').and_then(|raw| raw.strip_suffix('"')) else { return };
+        let text = text.as_bytes();
         match name {
-            "prompt" | "input" => self.opening = text.get(..text.floor_char_boundary(ANCHOR_CUT)).unwrap_or_default(),
+            "prompt" | "input" => self.opening = head(text, ANCHOR_CUT),
             "system" | "instructions" => self.system = text,
             "query" | "suffix" => {}
             _ => return,
         }
-        self.size.text.feed_string(text.as_bytes());
+        self.size.text.feed_string(text);
+        self.size.text.separate();
     }
 
     fn walk_text(&mut self, bytes: &[u8], every_key: bool) -> Result<(), TooDeep> {
-        let messages = self.size.messages;
-        walk(bytes, 1, &mut Conversation { size: &mut self.size, every_key, user: false, opening: None })?;
-        self.size.messages = messages;
-        Ok(())
+        walk(bytes, 1, &mut Conversation { size: &mut self.size, every_key, role: false, user: false, opening: None })
     }
 
     /// A hash of how the prompt begins. A client that repeats the conversation with each turn repeats these bytes.
     pub(super) fn anchor(&self) -> u64 {
         [self.tools, self.system, self.opening]
             .into_iter()
-            .fold(ANCHOR_SEED, |seed, part| xxh3_64_with_seed(part.as_bytes(), seed))
+            .fold(ANCHOR_SEED, |seed, part| xxh3_64_with_seed(part, seed))
     }
+}
+
+fn head(bytes: &[u8], most: usize) -> &[u8] {
+    bytes.get(..most).unwrap_or(bytes)
 }
 
 /// Depth of a message in a list of the body: body, list, message.
@@ -91,24 +95,34 @@ struct Conversation<'s> {
     size: &'s mut PromptSize,
     /// Whether strings count under every key, also those that mostly hold ids and addresses.
     every_key: bool,
-    /// Whether the message at hand is a user's.
+    /// Whether the thing at hand is a message: it has a role.
+    role: bool,
+    /// Whether that role is the user's.
     user: bool,
     /// Where the first user's message ends.
     opening: Option<usize>,
 }
 
+impl Conversation<'_> {
+    fn count(&mut self, text: &[u8]) {
+        self.size.text.feed_string(text);
+        self.size.text.separate();
+    }
+}
+
 impl Visit for Conversation<'_> {
     fn string(&mut self, key: &[u8], depth: usize, text: &[u8]) {
-        if self.every_key {
-            return self.size.text.feed_string(text);
-        }
         match key {
-            b"role" => self.user |= depth == MESSAGE_DEPTH && text == b"user",
+            _ if self.every_key => self.count(text),
+            b"role" if depth == MESSAGE_DEPTH => {
+                self.role = true;
+                self.user = text == b"user";
+            }
             b"type" if is_media(text) => self.size.media += 1,
-            b"type" | b"id" | b"tool_call_id" | b"tool_use_id" | b"call_id" | b"url" | b"image_url" | b"video_url" | b"data"
-            | b"file_data" | b"file_id" | b"detail" | b"format" | b"media_type" | b"mime_type" | b"mimeType"
-            | b"upload_file_id" | b"transfer_method" => {}
-            _ => self.size.text.feed_string(text),
+            b"type" | b"id" | b"tool_call_id" | b"tool_use_id" | b"call_id" | b"url" | b"image_url" | b"video_url"
+            | b"data" | b"file_data" | b"file_id" | b"detail" | b"format" | b"media_type" | b"mime_type"
+            | b"mimeType" | b"upload_file_id" | b"transfer_method" => {}
+            _ => self.count(text),
         }
     }
 
@@ -121,11 +135,11 @@ impl Visit for Conversation<'_> {
 
     fn close(&mut self, depth: usize, end: usize) {
         if depth == MESSAGE_DEPTH {
-            self.size.messages += 1;
+            self.size.messages += u64::from(self.role);
             if self.user && self.opening.is_none() {
                 self.opening = Some(end);
             }
-            self.user = false;
+            (self.role, self.user) = (false, false);
         }
     }
 }
@@ -133,7 +147,15 @@ impl Visit for Conversation<'_> {
 fn is_media(kind: &[u8]) -> bool {
     matches!(
         kind,
-        b"image_url" | b"image" | b"input_image" | b"input_audio" | b"audio" | b"video_url" | b"video" | b"file" | b"input_file"
+        b"image_url"
+            | b"image"
+            | b"input_image"
+            | b"input_audio"
+            | b"audio"
+            | b"video_url"
+            | b"video"
+            | b"file"
+            | b"input_file"
             | b"document"
     )
 }

@@ -8,9 +8,9 @@ use super::{Call, Span, StreamOptions};
 type Edits<'a> = SmallVec<[(Span, &'a [u8]); 2]>;
 
 pub(super) fn rewrite(call: &Call, body: &Bytes, model: Option<&str>, ask_usage: bool) -> Bytes {
-    let mut edits = Edits::new();
     let changed = model.filter(|model| Some(*model) != call.model.as_deref());
     let quoted = changed.and_then(|model| serde_json::to_vec(model).ok());
+    let mut edits = Edits::new();
     if let (Some(place), Some(name)) = (call.spans.model, &quoted) {
         edits.push((place, name));
     }

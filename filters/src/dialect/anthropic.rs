@@ -172,12 +172,18 @@ mod tests {
         for (data, token) in [
             (r#"{"type":"ping"}"#, false),
             (r#"{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}"#, false),
-            (r#"{"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"t","name":"f","input":{}}}"#, true),
+            (
+                r#"{"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"t","name":"f","input":{}}}"#,
+                true,
+            ),
             (r#"{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}"#, true),
             (r#"{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":""}}"#, false),
             (r#"{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"hm"}}"#, true),
             (r#"{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"x"}}"#, false),
-            (r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{"}}"#, true),
+            (
+                r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{"}}"#,
+                true,
+            ),
             (r#"{"type":"content_block_stop","index":0}"#, false),
             (r#"{"type":"something_new","x":1}"#, false),
         ] {
@@ -189,8 +195,12 @@ mod tests {
     #[test]
     fn the_end_and_errors_are_seen() {
         assert!(read(r#"{"type":"message_stop"}"#).done);
-        let error = read(r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#).error.unwrap();
-        assert_eq!((error.status, error.code.as_deref(), &*error.message), (Some(503), Some("overloaded_error"), "Overloaded"));
+        let error =
+            read(r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#).error.unwrap();
+        assert_eq!(
+            (error.status, error.code.as_deref(), &*error.message),
+            (Some(503), Some("overloaded_error"), "Overloaded")
+        );
         assert!(read(r#"{"type":"error"}"#).error.is_some());
         assert!(read("{").malformed);
     }

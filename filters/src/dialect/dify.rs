@@ -230,7 +230,8 @@ mod tests {
         read_member("data", r#"{"status":"failed","error":"boom","outputs":{},"total_tokens":3}"#, &mut reading);
         assert_eq!(&*reading.error.unwrap().message, "boom");
         assert_eq!(reading.found, Some(Found::Total(3)));
-        let stopped = r#"{"event":"workflow_finished","data":{"status":"stopped","error":"Stopped by user.","total_tokens":0}}"#;
+        let stopped =
+            r#"{"event":"workflow_finished","data":{"status":"stopped","error":"Stopped by user.","total_tokens":0}}"#;
         assert!(read(stopped).error.is_none());
     }
 }

@@ -234,7 +234,8 @@ mod tests {
 
     #[test]
     fn an_error_event_is_one_whole_event_of_its_dialect() {
-        let event = |dialect| String::from_utf8(error_event(dialect, &GatewayError::UpstreamError, "r").to_vec()).unwrap();
+        let event =
+            |dialect| String::from_utf8(error_event(dialect, &GatewayError::UpstreamError, "r").to_vec()).unwrap();
         let openai = event(Dialect::Openai);
         assert!(openai.starts_with("data: {\"error\":{\"message\":") && openai.ends_with("}}\n\n"), "{openai}");
         let anthropic = event(Dialect::Anthropic);

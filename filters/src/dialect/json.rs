@@ -54,7 +54,8 @@ pub(crate) fn walk(raw: &[u8], outer: usize, visit: &mut impl Visit) -> Result<(
                 key = b"";
             }
             b'0'..=b'9' | b'-' => {
-                let digits = rest.iter().take_while(|byte| matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
+                let digits =
+                    rest.iter().take_while(|byte| matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
                 rest = rest.get(digits.count()..).unwrap_or_default();
                 visit.number();
             }

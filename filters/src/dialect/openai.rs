@@ -49,7 +49,8 @@ pub const MEMBERS: &[&str] = &["usage", "error", "choices", "timings", "output"]
 struct Chunk<'a> {
     #[serde(borrow)]
     choices: Option<Choices<'a>>,
-    #[serde(borrow)]
+    /// Also `Some` where it is null: a null has to be hidden like a figure.
+    #[serde(borrow, default, deserialize_with = "present")]
     usage: Option<&'a RawValue>,
     #[serde(borrow)]
     timings: Option<&'a RawValue>,
@@ -61,6 +62,10 @@ struct Chunk<'a> {
     delta: Option<&'a RawValue>,
     #[serde(borrow)]
     response: Option<&'a RawValue>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 impl<'a> Chunk<'a> {
@@ -382,7 +387,10 @@ mod tests {
     #[test]
     fn usage_is_read_in_every_spelling() {
         let cases = [
-            (r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}"#, whole(11, None, 7, Some(18))),
+            (
+                r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}"#,
+                whole(11, None, 7, Some(18)),
+            ),
             (
                 r#"{"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":7,"prompt_tokens_details":{"cached_tokens":8}}}"#,
                 whole(11, Some(8), 7, None),
@@ -417,8 +425,18 @@ mod tests {
     #[test]
     fn errors_are_seen_with_their_status() {
         for (data, status, code, message) in [
-            (r#"{"error":{"message":"slow","type":"rate_limit_error","code":null}}"#, Some(429), Some("rate_limit_error"), "slow"),
-            (r#"{"error":{"message":"bad","type":"BadRequestError","code":400}}"#, Some(400), Some("BadRequestError"), "bad"),
+            (
+                r#"{"error":{"message":"slow","type":"rate_limit_error","code":null}}"#,
+                Some(429),
+                Some("rate_limit_error"),
+                "slow",
+            ),
+            (
+                r#"{"error":{"message":"bad","type":"BadRequestError","code":400}}"#,
+                Some(400),
+                Some("BadRequestError"),
+                "bad",
+            ),
             (r#"{"error":"out of memory"}"#, None, None, "out of memory"),
             (r#"{"error":{}, "choices":[]}"#, None, None, ""),
         ] {

@@ -94,7 +94,8 @@ impl StreamError {
     pub fn new(status: Option<u64>, code: Option<String>, message: Option<String>) -> Self {
         let mut message = message.unwrap_or_default();
         if message.len() > Self::MAX_MESSAGE {
-            message.truncate(message.floor_char_boundary(Self::MAX_MESSAGE));
+            let cut = (0..=Self::MAX_MESSAGE).rev().find(|at| message.is_char_boundary(*at)).unwrap_or(0);
+            message.truncate(cut);
         }
         let status = status.and_then(|status| u16::try_from(status).ok()).filter(|status| (400..600).contains(status));
         Self { status, code: code.map(Into::into), message: message.into() }

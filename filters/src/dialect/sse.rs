@@ -280,7 +280,20 @@ mod tests {
     /// Text made of what matters to the splitter.
     fn stream() -> impl Strategy<Value = Vec<u8>> {
         let piece = prop::sample::select(vec![
-            "\n", "\r", "\r\n", "\n\n", "data: ", "data:", "event: ", ": ", "id: 1", "x", "{\"a\":1}", "\u{FEFF}", "数据", "[DONE]",
+            "\n",
+            "\r",
+            "\r\n",
+            "\n\n",
+            "data: ",
+            "data:",
+            "event: ",
+            ": ",
+            "id: 1",
+            "x",
+            "{\"a\":1}",
+            "\u{FEFF}",
+            "数据",
+            "[DONE]",
         ]);
         prop::collection::vec(piece, 0..60).prop_map(|pieces| pieces.concat().into_bytes())
     }

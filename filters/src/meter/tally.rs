@@ -1,0 +1,112 @@
+//! What an answer used, added up from what its events say and from our own count of its text.
+
+use super::estimate::TextSize;
+use crate::dialect::{Counts, Found, Reading, StreamError};
+use crate::usage::{Usage, UsageSource};
+
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// The text that passed.
+    text: TextSize,
+    /// Usage of the call as a whole, as stated last.
+    stated: Option<Counts>,
+    /// Whether `stated` covers all output up to here.
+    covers: bool,
+    /// The answer is one document, whose usage covers all of it wherever it stands.
+    document: bool,
+    /// Steps of a run, summed.
+    steps: Counts,
+    /// A run's sum.
+    total: Option<u64>,
+    pub(super) finished: bool,
+    pub(super) error: Option<StreamError>,
+}
+
+impl Tally {
+    pub(super) fn new(document: bool) -> Self {
+        Self { document, ..Self::default() }
+    }
+
+    pub(super) fn add(&mut self, reading: &Reading<'_>) {
+        if !reading.texts.is_empty() && !self.document {
+            // What comes behind a statement is not in it; the next statement will cover it.
+            self.covers = false;
+        }
+        for raw in &reading.texts {
+            self.text.feed_value(raw);
+        }
+        match reading.found {
+            Some(Found::Whole(counts)) => {
+                self.stated.get_or_insert_default().update(counts);
+                self.covers = true;
+            }
+            Some(Found::Begun(counts)) => self.stated.get_or_insert_default().update(counts),
+            Some(Found::Step(counts)) => {
+                let sum =
+                    |sum: Option<u64>, step: Option<u64>| Some(sum.unwrap_or(0).saturating_add(step.unwrap_or(0)));
+                self.steps.input = sum(self.steps.input, counts.input);
+                self.steps.output = sum(self.steps.output, counts.output);
+            }
+            Some(Found::Total(total)) => self.total = Some(total),
+            None => {}
+        }
+        self.finished |= reading.finished;
+        if self.error.is_none() {
+            self.error.clone_from(&reading.error);
+        }
+    }
+
+    pub(super) fn usage(&self, prompt_estimate: u64) -> Usage {
+        let counted = self.text.tokens();
+        // All zeros beside a text is what a stopped Dify run states: no statement.
+        let honest = |counts: &Counts| !(counts.is_zero() && counted > 0);
+        if let Some(counts) = self.stated.filter(honest) {
+            return self.by_statement(counts, counted, prompt_estimate);
+        }
+        if let Some(usage) = self.by_run(counted) {
+            return usage;
+        }
+        let source = if counted > 0 { UsageSource::Counted } else { UsageSource::Estimated };
+        Usage { input: prompt_estimate, cached_input: 0, output: counted, source }
+    }
+
+    fn by_statement(&self, counts: Counts, counted: u64, prompt_estimate: u64) -> Usage {
+        // A chunk may bear text together with usage, or more text came since: then the larger figure is the truer.
+        let output = match counts.output {
+            Some(output) if self.covers => output,
+            output => output.unwrap_or(0).max(if counts.total.is_some() { 0 } else { counted }),
+        };
+        let input = counts.input.or_else(|| counts.total.map(|total| total.saturating_sub(output)));
+        let source = if self.covers && input.is_some() { UsageSource::Upstream } else { UsageSource::Counted };
+        let input = input.unwrap_or(prompt_estimate);
+        Usage { input, cached_input: counts.cached.unwrap_or(0).min(input), output, source }
+    }
+
+    /// A run states its sum, and the split with each step. A sum that is larger than its steps covers steps that are not shown; one
+    /// that is smaller is that of a run which was stopped.
+    fn by_run(&self, counted: u64) -> Option<Usage> {
+        let split =
+            Usage { input: self.steps.input.unwrap_or(0), output: self.steps.output.unwrap_or(0), ..Usage::default() };
+        let total = self.total.unwrap_or(0).max(split.total());
+        if total == 0 && (counted > 0 || self.total.is_none()) {
+            return None;
+        }
+        let rest = total - split.total();
+        let output = if split.total() > 0 { 0 } else { counted.min(rest) };
+        Some(Usage {
+            input: split.input + rest - output,
+            cached_input: 0,
+            output: split.output + output,
+            source: if self.total.is_some_and(|stated| stated > 0) {
+                UsageSource::Upstream
+            } else {
+                UsageSource::Counted
+            },
+        })
+    }
+
+    pub(super) fn output(&self) -> u64 {
+        let stated = self.stated.and_then(|counts| counts.output).unwrap_or(0);
+        stated.max(self.steps.output.unwrap_or(0)).max(self.text.tokens())
+    }
+}

@@ -1,0 +1,364 @@
+use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+
+use super::*;
+use crate::usage::UsageSource;
+
+/// A stream of a vLLM-like server that was asked for usage.
+const CHAT: &str = concat!(
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}],\"usage\":null}\n\n",
+    ": keep-alive\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"Hello\"}}],\"usage\":null}\n\n",
+    "data: {\"id\":\"c\",\"usage\":null,\"choices\":[{\"index\":0,\"delta\":{\"content\":\" wörld, 你好\"}}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}],\"usage\":null}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7,\"total_tokens\":18,",
+    "\"prompt_tokens_details\":{\"cached_tokens\":8}}}\n\n",
+    "data: [DONE]\n\n",
+);
+/// What a client sees of it that did not ask.
+const CHAT_WITHOUT_USAGE: &str = concat!(
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
+    ": keep-alive\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"Hello\"}}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" wörld, 你好\"}}]}\n\n",
+    "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n",
+    "data: [DONE]\n\n",
+);
+
+/// Everything that a meter said of a body.
+#[derive(Debug, Default, PartialEq)]
+struct Whole {
+    forward: Vec<u8>,
+    token: bool,
+    progress: bool,
+    error: Option<StreamError>,
+    done: bool,
+    malformed: bool,
+    usage: Usage,
+}
+
+fn run(mut meter: Meter, chunks: &[&[u8]]) -> Whole {
+    let mut whole = Whole::default();
+    let mut add = |seen: Seen| {
+        whole.forward.extend(seen.forward.concat());
+        whole.token |= seen.token;
+        whole.progress |= seen.progress;
+        whole.error = whole.error.take().or(seen.error);
+        whole.malformed |= seen.malformed;
+    };
+    for chunk in chunks {
+        add(meter.feed(Bytes::copy_from_slice(chunk)).unwrap());
+    }
+    add(meter.finish());
+    whole.done = meter.done();
+    whole.usage = meter.usage(100);
+    assert_eq!(meter.tokens_seen(), whole.token);
+    whole
+}
+
+fn chat(hide: bool) -> Meter {
+    Meter::stream(Dialect::Openai, CallKind::Chat, hide)
+}
+
+fn chat_of(text: &str) -> Whole {
+    run(chat(false), &[text.as_bytes()])
+}
+
+fn plain(dialect: Dialect, kind: CallKind, text: &str) -> Whole {
+    let whole = run(Meter::plain(dialect, kind), &[text.as_bytes()]);
+    assert_eq!(whole.forward, text.as_bytes());
+    whole
+}
+
+const fn usage(input: u64, cached_input: u64, output: u64, source: UsageSource) -> Usage {
+    Usage { input, cached_input, output, source }
+}
+
+#[test]
+fn a_chat_stream_passes_untouched_and_its_usage_is_read() {
+    let whole = chat_of(CHAT);
+    assert_eq!(whole.forward, CHAT.as_bytes());
+    assert_eq!(whole.usage, usage(11, 8, 7, UsageSource::Upstream));
+    assert!(whole.token && whole.done && !whole.malformed && whole.error.is_none());
+}
+
+#[test]
+fn usage_that_was_not_asked_for_leaves_no_trace() {
+    let whole = run(chat(true), &[CHAT.as_bytes()]);
+    assert_eq!(String::from_utf8(whole.forward).unwrap(), CHAT_WITHOUT_USAGE);
+    assert_eq!(whole.usage, usage(11, 8, 7, UsageSource::Upstream));
+}
+
+#[test]
+fn a_chunk_is_forwarded_as_the_same_bytes_even_in_the_middle_of_an_event() {
+    let mut meter = chat(false);
+    let chunk = Bytes::from_static(b"data: {\"choi");
+    let seen = meter.feed(chunk.clone()).unwrap();
+    assert_eq!(seen.forward.len(), 1);
+    assert_eq!(seen.forward[0].as_ptr(), chunk.as_ptr());
+    let mut meter = chat(true);
+    assert!(meter.feed(chunk).unwrap().forward.is_empty());
+    assert_eq!(meter.finish().forward.concat(), b"data: {\"choi");
+}
+
+#[test]
+fn the_first_token_is_told_in_the_chunk_that_has_it() {
+    let mut meter = chat(false);
+    let mut tokens = Vec::new();
+    for event in CHAT.split_inclusive("\n\n") {
+        tokens.push(meter.feed(Bytes::from_static(event.as_bytes())).unwrap().token);
+    }
+    assert_eq!(tokens, [false, false, true, true, false, false, false]);
+}
+
+#[test]
+fn without_usage_the_text_is_counted() {
+    let text = CHAT_WITHOUT_USAGE;
+    let whole = chat_of(text);
+    let mut counted = estimate::TextSize::default();
+    counted.feed("Hello wörld, 你好".as_bytes());
+    assert_eq!(whole.usage, usage(100, 0, counted.tokens(), UsageSource::Counted));
+    assert!((5..12).contains(&whole.usage.output));
+    let nothing = chat_of(": ping\n\n");
+    assert_eq!(nothing.usage, usage(100, 0, 0, UsageSource::Estimated));
+    assert!(!nothing.token && !nothing.done);
+}
+
+#[test]
+fn usage_stated_with_every_chunk_survives_a_broken_stream() {
+    let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":1}}\n\n\
+        data: {\"choices\":[{\"delta\":{\"content\":\"b\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":2}}\n\n";
+    let whole = chat_of(text);
+    assert_eq!(whole.usage, usage(11, 0, 2, UsageSource::Upstream));
+    assert!(!whole.done);
+}
+
+#[test]
+fn a_malformed_first_event_is_told_a_later_one_is_not() {
+    assert!(chat_of("data: {\"choices\":[{\"del\n\n").malformed);
+    assert!(chat_of(": x\n\ndata: <html>\n\n").malformed);
+    assert!(chat_of("data: \u{0}\n\n").malformed);
+    let later = chat_of("data: {\"choices\":[]}\n\ndata: {{\n\n");
+    assert!(!later.malformed);
+    assert!(run(chat(false), &[b"data: {\"a\":\"\xff\"}\n\n"]).malformed);
+}
+
+#[test]
+fn an_error_event_is_told_and_is_no_token() {
+    let whole = chat_of("data: {\"error\":{\"message\":\"full\",\"type\":\"server_error\",\"code\":503}}\n\n");
+    let error = whole.error.unwrap();
+    assert_eq!((error.status, &*error.message), (Some(503), "full"));
+    assert!(!whole.token && !whole.done);
+}
+
+#[test]
+fn a_stream_without_line_ends_is_given_up() {
+    let mut meter = chat(true);
+    let chunk = Bytes::from(vec![b'x'; 1 << 20]);
+    let fed = (0..5).try_for_each(|_| meter.feed(chunk.clone()).map(|_| ()));
+    assert_eq!(fed, Err(MeterError::TooLong(TooLong::Line)));
+}
+
+const ANTHROPIC: &str = concat!(
+    "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":10,",
+    "\"cache_read_input_tokens\":30,\"cache_creation_input_tokens\":20,\"output_tokens\":1}}}\n\n",
+    "event: ping\ndata: {\"type\":\"ping\"}\n\n",
+    "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"Hello there\"}}\n\n",
+    "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":15}}\n\n",
+    "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+);
+
+#[test]
+fn anthropic_states_input_first_and_output_last() {
+    let meter = || Meter::stream(Dialect::Anthropic, CallKind::Messages, true);
+    let whole = run(meter(), &[ANTHROPIC.as_bytes()]);
+    assert_eq!(whole.forward, ANTHROPIC.as_bytes());
+    assert_eq!(whole.usage, usage(60, 30, 15, UsageSource::Upstream));
+    assert!(whole.done && whole.token);
+    let cut = ANTHROPIC.find("event: message_delta").unwrap();
+    let broken = run(meter(), &[&ANTHROPIC.as_bytes()[..cut]]);
+    assert_eq!(broken.usage, usage(60, 30, 3, UsageSource::Counted));
+    assert!(!broken.done);
+}
+
+#[test]
+fn a_dify_chatflow_is_not_counted_twice() {
+    let text = concat!(
+        "event: ping\n\n",
+        "data: {\"event\":\"workflow_started\",\"data\":{\"id\":\"r\"}}\n\n",
+        "data: {\"event\":\"message\",\"answer\":\"Hello\"}\n\n",
+        "data: {\"event\":\"node_finished\",\"data\":{\"outputs\":{\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}}}\n\n",
+        "data: {\"event\":\"message_end\",\"metadata\":{\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7,\"total_tokens\":18}}}\n\n",
+        "data: {\"event\":\"workflow_finished\",\"data\":{\"status\":\"succeeded\",\"total_tokens\":18,\"outputs\":{}}}\n\n",
+    );
+    let whole = run(Meter::stream(Dialect::Dify, CallKind::DifyChat, true), &[text.as_bytes()]);
+    assert_eq!(whole.usage, usage(11, 0, 7, UsageSource::Upstream));
+    assert!(whole.token && whole.done && whole.error.is_none());
+    assert_eq!(whole.forward, text.as_bytes());
+}
+
+fn workflow(events: &[&str]) -> Whole {
+    let text: String = events.iter().map(|event| format!("data: {event}\n\n")).collect();
+    run(Meter::stream(Dialect::Dify, CallKind::DifyWorkflow, false), &[text.as_bytes()])
+}
+
+#[test]
+fn a_dify_workflow_is_split_by_its_nodes_as_far_as_they_say() {
+    let node = r#"{"event":"node_finished","data":{"outputs":{"usage":{"prompt_tokens":11,"completion_tokens":7}}}}"#;
+    let end = r#"{"event":"workflow_finished","data":{"status":"succeeded","total_tokens":40}}"#;
+    assert_eq!(workflow(&[node, node, end]).usage, usage(26, 0, 14, UsageSource::Upstream));
+    let chunk = r#"{"event":"text_chunk","data":{"text":"one two"}}"#;
+    assert_eq!(workflow(&[chunk, end]).usage, usage(37, 0, 3, UsageSource::Upstream));
+    assert_eq!(workflow(&[node]).usage, usage(11, 0, 7, UsageSource::Counted));
+}
+
+#[test]
+fn a_stopped_dify_run_is_charged_what_it_said_before() {
+    let chunk = r#"{"event":"text_chunk","data":{"text":"one two"}}"#;
+    let stopped =
+        r#"{"event":"workflow_finished","data":{"status":"stopped","error":"Stopped by user.","total_tokens":0}}"#;
+    let whole = workflow(&[chunk, stopped]);
+    assert_eq!(whole.usage, usage(100, 0, 3, UsageSource::Counted));
+    assert!(whole.done && whole.error.is_none());
+    let message = r#"{"event":"message","answer":"one two"}"#;
+    let end =
+        r#"{"event":"message_end","metadata":{"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}}"#;
+    assert_eq!(workflow(&[message, end]).usage, usage(100, 0, 3, UsageSource::Counted));
+}
+
+#[test]
+fn a_dify_workflow_without_a_model_costs_nothing() {
+    let end = r#"{"event":"workflow_finished","data":{"status":"succeeded","total_tokens":0}}"#;
+    let whole = workflow(&[end]);
+    assert_eq!((whole.usage.input, whole.usage.output), (0, 0));
+}
+
+#[test]
+fn plain_answers_state_their_usage() {
+    let chat = r#"{"choices":[{"message":{"content":"Hi"}}],"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18}}"#;
+    let whole = plain(Dialect::Openai, CallKind::Chat, chat);
+    assert_eq!(whole.usage, usage(11, 0, 7, UsageSource::Upstream));
+    assert!(whole.token && whole.done);
+    let first = r#"{"usage":{"prompt_tokens":11,"completion_tokens":7,"total_tokens":18},"choices":[{"message":{"content":"Hi"}}]}"#;
+    assert_eq!(plain(Dialect::Openai, CallKind::Chat, first).usage, usage(11, 0, 7, UsageSource::Upstream));
+    let embedding = r#"{"data":[{"embedding":[0.1,0.2]}],"usage":{"prompt_tokens":5,"total_tokens":5}}"#;
+    assert_eq!(plain(Dialect::Openai, CallKind::Embedding, embedding).usage, usage(5, 0, 0, UsageSource::Upstream));
+    let rerank = r#"{"results":[],"usage":{"total_tokens":9}}"#;
+    assert_eq!(plain(Dialect::Openai, CallKind::Rerank, rerank).usage, usage(9, 0, 0, UsageSource::Upstream));
+    let anthropic = r#"{"content":[{"type":"text","text":"Hi"}],"usage":{"input_tokens":3,"output_tokens":2}}"#;
+    assert_eq!(plain(Dialect::Anthropic, CallKind::Messages, anthropic).usage, usage(3, 0, 2, UsageSource::Upstream));
+    let dify =
+        r#"{"event": "message", "answer": "Hi", "metadata": {"usage": {"prompt_tokens": 11, "completion_tokens": 7}}}"#;
+    assert_eq!(plain(Dialect::Dify, CallKind::DifyChat, dify).usage, usage(11, 0, 7, UsageSource::Upstream));
+    let run = r#"{"data": {"status": "succeeded", "outputs": {"text": "one two"}, "total_tokens": 18}}"#;
+    assert_eq!(plain(Dialect::Dify, CallKind::DifyWorkflow, run).usage, usage(15, 0, 3, UsageSource::Upstream));
+}
+
+#[test]
+fn plain_answers_without_usage_are_counted() {
+    let chat = r#"{"choices":[{"message":{"role":"assistant","content":"one two"}},{"message":{"content":" three"}}]}"#;
+    assert_eq!(plain(Dialect::Openai, CallKind::Chat, chat).usage, usage(100, 0, 4, UsageSource::Counted));
+    let embedding = r#"{"data":[{"embedding":[0.1,0.2]}]}"#;
+    assert_eq!(plain(Dialect::Openai, CallKind::Embedding, embedding).usage, usage(100, 0, 0, UsageSource::Estimated));
+}
+
+#[test]
+fn an_error_body_of_status_200_is_told() {
+    let whole = plain(Dialect::Openai, CallKind::Chat, r#"{"error":{"message":"no","type":"rate_limit_error"}}"#);
+    assert_eq!(whole.error.unwrap().status, Some(429));
+    assert!(!whole.token);
+    let null =
+        plain(Dialect::Openai, CallKind::Responses, r#"{"error":null,"usage":{"input_tokens":1,"output_tokens":2}}"#);
+    assert_eq!(null.error, None);
+    assert_eq!(null.usage, usage(1, 0, 2, UsageSource::Upstream));
+    let failed = r#"{"task_id": "t", "data": {"status": "failed", "error": "boom", "total_tokens": 0}}"#;
+    assert_eq!(&*plain(Dialect::Dify, CallKind::DifyWorkflow, failed).error.unwrap().message, "boom");
+}
+
+#[test]
+fn a_plain_answer_that_is_cut_off_or_no_object_is_malformed() {
+    for text in ["{\"choices\":[", "<html></html>", "[]"] {
+        let whole = plain(Dialect::Openai, CallKind::Chat, text);
+        assert!(whole.malformed && !whole.done, "{text}");
+    }
+    assert!(!plain(Dialect::Openai, CallKind::Other, "ID3 sound").malformed);
+}
+
+#[test]
+fn what_is_not_understood_passes() {
+    for dialect in [Dialect::None, Dialect::Gemini] {
+        let whole = run(Meter::stream(dialect, CallKind::Other, true), &[b"any", b"thing"]);
+        assert_eq!(whole.forward, b"anything");
+        assert!(whole.token && whole.done && !whole.malformed);
+        assert_eq!(whole.usage, usage(100, 0, 0, UsageSource::Estimated));
+    }
+}
+
+fn split<'t>(text: &'t [u8], cuts: &mut [usize]) -> Vec<&'t [u8]> {
+    cuts.sort_unstable();
+    let mut from = 0;
+    let mut chunks = Vec::new();
+    for cut in cuts.iter().copied().chain([text.len()]) {
+        chunks.push(&text[from..cut]);
+        from = cut;
+    }
+    chunks
+}
+
+/// Runs 10,000 splits of a text, always the same ones.
+fn every_split(text: &[u8], check: impl Fn(&[&[u8]])) {
+    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    for _ in 0..10_000 {
+        let mut cuts: Vec<usize> = (0..rng.random_range(0..12)).map(|_| rng.random_range(0..=text.len())).collect();
+        check(&split(text, &mut cuts));
+    }
+}
+
+#[test]
+fn ten_thousand_splits_pass_byte_for_byte_when_nothing_is_hidden() {
+    let whole = chat_of(CHAT);
+    every_split(CHAT.as_bytes(), |chunks| {
+        let pieces = run(chat(false), chunks);
+        assert_eq!(pieces, whole);
+        assert_eq!(pieces.forward, CHAT.as_bytes());
+    });
+}
+
+#[test]
+fn ten_thousand_splits_give_the_same_bytes_when_usage_is_hidden() {
+    for text in [CHAT.to_owned(), CHAT.replace('\n', "\r\n")] {
+        let whole = run(chat(true), &[text.as_bytes()]);
+        assert!(!String::from_utf8_lossy(&whole.forward).contains("usage"));
+        every_split(text.as_bytes(), |chunks| assert_eq!(run(chat(true), chunks), whole));
+    }
+}
+
+#[test]
+#[ignore = "a measurement, to be run in release"]
+fn speed_of_the_meter() {
+    let chunk = Bytes::from_static(
+        b"data: {\"id\":\"chatcmpl-0123456789\",\"object\":\"chat.completion.chunk\",\"created\":1795220241,\"model\":\"mock-chat\",\
+        \"choices\":[{\"index\":0,\"delta\":{\"content\":\" token\"},\"logprobs\":null,\"finish_reason\":null}],\"usage\":null}\n\n",
+    );
+    for hide in [false, true] {
+        let mut meter = chat(hide);
+        let start = std::time::Instant::now();
+        let count = 1_000_000;
+        for _ in 0..count {
+            assert!(meter.feed(chunk.clone()).unwrap().token);
+        }
+        println!("hide {hide}: {} ns per chunk", start.elapsed().as_nanos() / count);
+    }
+    let answer = format!(
+        "{{\"data\":[{{\"embedding\":[{}]}}],\"usage\":{{\"prompt_tokens\":5}}}}",
+        "-0.012345,".repeat(3 << 20)
+    );
+    let mut meter = Meter::plain(Dialect::Openai, CallKind::Embedding);
+    let bytes = Bytes::from(answer);
+    let start = std::time::Instant::now();
+    for at in (0..bytes.len()).step_by(16384) {
+        meter.feed(bytes.slice(at..(at + 16384).min(bytes.len()))).unwrap();
+    }
+    println!("plain: {:.0} MB/s", bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e6);
+    assert_eq!(meter.usage(0).input, 5);
+}
