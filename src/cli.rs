@@ -1,1 +1,4 @@
 //! Subcommands, one file each.
+
+pub(crate) mod check;
+pub(crate) mod schema;

@@ -60,3 +60,6 @@ pub(crate) struct Document {
     /// Which request goes where. The first match wins.
     pub routes: Vec<Route>,
 }
+
+#[cfg(test)]
+mod tests;

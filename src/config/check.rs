@@ -97,6 +97,10 @@ impl Check<'_> {
 
     fn known<'n>(&mut self, at: &At, name: &str, known: impl IntoIterator<Item = &'n String>, what: &str) {
         let known: Vec<&str> = known.into_iter().map(String::as_str).collect();
+        // Where the whole section could not be understood, nothing can be said of its names.
+        if self.places.broken.contains(&format!("{what}s")) {
+            return;
+        }
         if !known.contains(&name) {
             let hint = suggest(name, known.iter().copied());
             let hint = hint.unwrap_or_else(|| format!("there is no {what} at all"));

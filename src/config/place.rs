@@ -60,39 +60,41 @@ impl Places {
     fn find(&self, at: &At) -> (Place, String) {
         let mut tree = &self.tree;
         let mut place = tree.place;
-        for step in &at.0 {
+        let mut steps = at.0.iter();
+        let mut path = String::new();
+        for step in steps.by_ref() {
             let below = match step {
                 Step::Key(key) => tree.entry(key).map(|entry| (&entry.tree, entry.place)),
                 Step::Item(index) => tree.items().get(*index).map(|item| (item, Place { width: 1, ..item.place })),
             };
-            let Some((next, holder)) = below else { break };
+            let Some((next, holder)) = below else {
+                path = extended(&tree.path, step);
+                break;
+            };
             tree = next;
+            tree.path.clone_into(&mut path);
             // Of a scalar its own place, of a collection that of its key: it may go over many lines.
             place = match tree.value {
                 Value::List(_) | Value::Map(_) => holder,
                 Value::Null | Value::Bool(_) | Value::Whole(..) | Value::Number(..) | Value::Text(_) => tree.place,
             };
         }
-        (place, tree.path.clone())
+        (place, steps.fold(path, |path, step| extended(&path, step)))
+    }
+
+    /// Whether something at, in or around this part was refused, so that what is left of it says nothing.
+    pub(crate) fn lost(&self, at: &At) -> bool {
+        self.touched(&self.find(at).1)
+    }
+
+    fn touched(&self, path: &str) -> bool {
+        self.broken.iter().any(|part| within(part, path) || within(path, part))
     }
 
     /// A problem at `at`; none if that part was already refused for another reason.
-    pub(crate) fn problem(
-        &self,
-        severity: Severity,
-        at: &At,
-        message: String,
-        hint: Option<String>,
-    ) -> Option<Problem> {
+    pub(crate) fn problem(&self, severity: Severity, at: &At, message: String, hint: Option<String>) -> Option<Problem> {
         let (place, path) = self.find(at);
-        let inside = |part: &String| match part.strip_prefix(path.as_str()) {
-            Some(rest) => rest.is_empty() || rest.starts_with(['.', '[']) || path.is_empty(),
-            None => false,
-        };
-        if self.broken.iter().any(inside) {
-            return None;
-        }
-        Some(self.show(severity, place, path, message, hint))
+        if self.touched(&path) { None } else { Some(self.show(severity, place, path, message, hint)) }
     }
 
     fn get(&self, at: &At) -> Option<&Tree> {
@@ -178,6 +180,19 @@ impl Places {
         }
         chars.into_iter().collect()
     }
+}
+
+fn extended(path: &str, step: &Step) -> String {
+    match step {
+        Step::Key(key) if path.is_empty() => key.clone(),
+        Step::Key(key) => format!("{path}.{key}"),
+        Step::Item(index) => format!("{path}[{index}]"),
+    }
+}
+
+/// Whether the path `inner` is `outer` or below it.
+fn within(inner: &str, outer: &str) -> bool {
+    inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || outer.is_empty() || rest.starts_with(['.', '[']))
 }
 
 /// Where plain-text secrets stand.

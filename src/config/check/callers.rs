@@ -19,7 +19,8 @@ impl Check<'_> {
                 Some("leave it out for the default".to_owned()),
             );
         }
-        if auth.redis_keys && self.document.store.redis.is_none() {
+        let redis = At::root().key("store").key("redis");
+        if auth.redis_keys && self.document.store.redis.is_none() && !self.places.lost(&redis) {
             let hint = "add `store: { redis: { url: { env: REDIS_URL } } }`";
             self.error(&at.key("redis_keys"), "redis_keys needs `store.redis`", Some(hint.to_owned()));
         }
@@ -117,6 +118,9 @@ impl Check<'_> {
                 None
             }
             (None, None) => {
+                if self.places.lost(&at.key("key")) || self.places.lost(&at.key("sha256")) {
+                    return None;
+                }
                 let hint = "add `key: { env: NAME }`, or `sha256:` with the hash of the key";
                 self.error(
                     &at.key("id"),

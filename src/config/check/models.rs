@@ -13,7 +13,7 @@ impl Check<'_> {
             self.name(&at, name, "a model");
             if model.targets.is_empty() {
                 let hint = "add `targets: [{ upstream: NAME }]`";
-                self.error(&at, format!("the model `{name}` has no targets"), Some(hint.to_owned()));
+                self.error(&at.key("targets"), format!("the model `{name}` has no targets"), Some(hint.to_owned()));
             }
             for (index, target) in model.targets.iter().enumerate() {
                 self.target(&at.key("targets").item(index), target);

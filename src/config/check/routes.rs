@@ -10,7 +10,7 @@ impl Check<'_> {
     pub(super) fn routes(&mut self) {
         let routes = &self.document.routes;
         if routes.is_empty() {
-            self.warn(&At::root(), "no routes: every request gets 404", "add `routes:`");
+            self.warn(&At::root().key("routes"), "no routes: every request gets 404", "add `routes:`");
         }
         let mut names: HashMap<&str, At> = HashMap::new();
         for (index, route) in routes.iter().enumerate() {
@@ -130,6 +130,7 @@ impl Check<'_> {
                 let message = format!("the route `{}` has both `call` and `pass`", route.name);
                 self.error(&at.key("pass"), message, Some("keep one of them".to_owned()));
             }
+            (None, None) if self.places.lost(&at.key("call")) || self.places.lost(&at.key("pass")) => {}
             (None, None) => {
                 let hint = "add `call: { models: \"*\" }` or `pass: { upstream: NAME }`";
                 let message = format!("the route `{}` has neither `call` nor `pass`", route.name);
@@ -201,6 +202,11 @@ impl Check<'_> {
     /// A route behind others that take everything it matches is an error: somebody relies on it.
     fn reached(&mut self, index: usize, route: &Route) {
         let earlier = self.document.routes.get(..index).unwrap_or_default();
+        // What a match lacks because it was refused would make it wider than it is.
+        let whole = |index: usize| !self.places.lost(&At::root().key("routes").item(index).key("match"));
+        if !(0..=index).all(whole) {
+            return;
+        }
         let Some(others) = shadowed_by(route, earlier) else { return };
         let at = At::root().key("routes").item(index).key("name");
         let named: Vec<String> = others

@@ -35,7 +35,7 @@ impl Check<'_> {
     fn nodes(&mut self, at: &At, name: &str, upstream: &Upstream) {
         if upstream.nodes.is_empty() && upstream.discover.is_none() {
             let hint = "add `nodes: [http://HOST:PORT]` or `discover: { dns: HOST:PORT }`";
-            self.error(at, format!("the upstream `{name}` has no nodes"), Some(hint.to_owned()));
+            self.error(&at.key("nodes"), format!("the upstream `{name}` has no nodes"), Some(hint.to_owned()));
         }
         for (index, node) in upstream.nodes.iter().enumerate() {
             let here = at.key("nodes").item(index);
