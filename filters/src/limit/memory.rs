@@ -137,7 +137,7 @@ impl MemoryStore {
     /// Charges what a call really used and gives its slots back. Settling twice is settling once.
     pub fn settle(&self, id: LeaseId, tokens: u64, now: Instant64) -> Settled {
         let Some(lease) = self.leases.remove(id) else { return Settled::Duplicate };
-        self.charge(&lease, tokens, now);
+        self.charge(&lease, tokens, now, true);
         Settled::Done
     }
 
@@ -180,9 +180,10 @@ impl MemoryStore {
         // The lease stays in its locked table while it is charged: a settlement meanwhile waits, and then corrects.
         self.leases.expire(now, |lease| {
             if lease.expired {
+                self.close(lease);
                 return false;
             }
-            self.charge(lease, lease.charge, Instant64(now));
+            self.charge(lease, lease.charge, Instant64(now), false);
             lease.expired = true;
             lease.expires = Instant64(now).plus(TOMBSTONE).micros();
             true
@@ -214,22 +215,19 @@ impl MemoryStore {
         self.ttl.map_or(u64::MAX, |ttl| Instant64(now).plus(ttl).micros())
     }
 
-    fn charge(&self, lease: &Lease, tokens: u64, now: Instant64) {
+    /// Charges a lease; with `last` it also lets go of its scopes.
+    fn charge(&self, lease: &Lease, tokens: u64, now: Instant64, last: bool) {
         let mut locked = self.scopes.lock(&lease.plan);
         let now = self.forward(now);
         let mut grants = lease.grants.iter();
-        let mut lost = false;
+        let mut charged = true;
         for set in lease.plan.sets() {
-            let Some(scope) = locked.scope_mut(set.id()) else {
-                // Nothing of it is left to correct; skip its grants.
-                grants.by_ref().take(set.rules().len()).for_each(drop);
-                lost |= lease.expired && set.rules().iter().any(|rule| scope::budget(rule.dimension));
-                continue;
-            };
+            // The scope is there: it stays as long as a lease refers to it.
+            let Some(scope) = locked.scope_mut(set.id()) else { continue };
             for (rule, grant) in set.rules().iter().zip(grants.by_ref()) {
-                lost |= !scope.charge(rule.dimension, lease, *grant, tokens, now);
+                charged &= scope.charge(rule.dimension, lease, *grant, tokens, now);
             }
-            if !lease.expired {
+            if last {
                 scope.close();
             }
         }
@@ -237,8 +235,18 @@ impl MemoryStore {
         if !lease.expired {
             self.open.fetch_sub(1, Ordering::AcqRel);
         }
-        if lost {
+        if !charged {
             self.lost.fetch_add(tokens, Ordering::AcqRel);
+        }
+    }
+
+    /// Lets go of the scopes of a lease that was charged and will not be corrected any more.
+    fn close(&self, lease: &Lease) {
+        let mut locked = self.scopes.lock(&lease.plan);
+        for set in lease.plan.sets() {
+            if let Some(scope) = locked.scope_mut(set.id()) {
+                scope.close();
+            }
         }
     }
 }

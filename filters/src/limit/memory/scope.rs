@@ -8,7 +8,7 @@ use parking_lot::{Mutex, MutexGuard};
 use smallvec::SmallVec;
 
 use super::lease::Lease;
-use crate::limit::dimension::{Dimension, Unit, Window};
+use crate::limit::dimension::{Dimension, Unit};
 use crate::limit::rule::{Plan, ScopeId};
 use crate::limit::window::{Counter, Grant};
 
@@ -37,11 +37,6 @@ impl Hasher for Carried {
 }
 
 type Shard = HashMap<ScopeId, ScopeState, BuildHasherDefault<Carried>>;
-
-/// Whether a dimension counts tokens of a calendar period.
-pub(super) fn budget(dimension: Dimension) -> bool {
-    dimension.unit() == Unit::Tokens && matches!(dimension.window(), Window::Day | Window::Month)
-}
 
 /// The counters of one scope, made when a rule first counts there.
 #[derive(Debug, Default)]
