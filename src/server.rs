@@ -1,0 +1,240 @@
+//! From a configuration to a running process: listeners, admin port, background tasks, the end on a signal.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use pingora_core::apps::HttpServerApp;
+use pingora_core::connectors::ConnectorOptions;
+use pingora_core::connectors::http::Connector;
+use pingora_core::protocols::http::v2::server::default_h2_options;
+use pingora_core::server::configuration::ServerConf;
+use pingora_proxy::HttpProxy;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tollgate_filters::access::{AccessLog, AccessSink};
+use tollgate_filters::config::World;
+use tollgate_filters::limit::Ledger;
+use tollgate_filters::metrics::Metrics;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{self, Document, Loaded, Threads};
+use crate::gateway::{ByteBudget, Gateway};
+use crate::listen::{self, Caps, Listening};
+use crate::proxy::Proxy;
+use crate::runtime::{self, Checked, Lasting, resolve};
+use crate::admin;
+
+/// Pingora logs every client that leaves as an error; the access log has that.
+const DEFAULT_LOG: &str = "info,pingora_core=off,pingora_proxy=off,pingora_pool=off";
+/// An idle HTTP/2 connection is closed after this.
+const H2_IDLE: Duration = Duration::from_secs(120);
+/// Window that an HTTP/2 client may fill without waiting: prompts are large.
+const H2_WINDOW: u32 = 1 << 20;
+
+/// Sends the process's own log to stderr; `TOLLGATE_LOG` chooses what is logged, in the syntax of `RUST_LOG`.
+pub(crate) fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("TOLLGATE_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
+    let ansi = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&io::stderr());
+    // A second call (two servers in one test process) keeps the first subscriber.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).try_init();
+}
+
+/// The tokio runtime that serves a document.
+///
+/// # Errors
+/// What the operating system says of new threads.
+pub(crate) fn tokio_runtime(document: &Document) -> io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Threads::Count(count) = document.server.threads {
+        builder.worker_threads(count);
+    }
+    builder.thread_name("tollgate").enable_all().build()
+}
+
+/// A gateway that is ready to accept.
+pub(crate) struct Server {
+    gateway: Arc<Gateway>,
+    app: Arc<HttpProxy<Proxy>>,
+    listening: Vec<Listening>,
+    data: Vec<SocketAddr>,
+    admin: TcpListener,
+    admin_address: SocketAddr,
+    access: admin::Access,
+    drain: Duration,
+}
+
+impl Server {
+    /// Builds everything and binds the ports.
+    ///
+    /// # Errors
+    /// A port that is taken, a certificate that does not load, a secret that has gone.
+    pub(crate) async fn start(loaded: &Loaded, world: &dyn World) -> io::Result<Self> {
+        let document = &loaded.document;
+        let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?);
+        let lasting = Lasting { ledger: Ledger::in_memory(), metrics: Arc::clone(&metrics) };
+        let checked = Checked { document, hash: &loaded.hash };
+        let runtime = runtime::build(&checked, None, world, &lasting).map_err(io::Error::other)?;
+        resolve::resolve(&runtime).await;
+        metrics.set_generation(runtime.generation);
+        metrics.reloaded(true);
+        metrics.set_store_up(true);
+        let gateway = Arc::new(Gateway {
+            live: ArcSwap::from_pointee(runtime),
+            connector: connector(document)?,
+            ledger: lasting.ledger,
+            metrics,
+            access: AccessLog::open(&sink(&document.server.access_log))?,
+            buffered: ByteBudget::new(document.server.limits.buffered_bytes.0),
+            open: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+        });
+        let listening = listeners(document)?;
+        let data = listening.iter().map(|l| l.listener.local_addr()).collect::<io::Result<_>>()?;
+        let admin = listen::bind(document.server.admin.bind.0)?;
+        let token = document.server.admin.token.as_ref().map(|t| t.resolve(world)).transpose().map_err(io::Error::other)?;
+        let access = admin::Access { token, open_metrics: document.server.admin.metrics == config::MetricsAccess::Open };
+        Ok(Self {
+            app: Arc::new(proxy(&gateway)),
+            gateway,
+            listening,
+            data,
+            admin_address: admin.local_addr()?,
+            admin,
+            access,
+            drain: document.server.drain.0,
+        })
+    }
+
+    /// Addresses of the data port.
+    pub(crate) fn data_addresses(&self) -> &[SocketAddr] {
+        &self.data
+    }
+
+    /// Address of the admin port.
+    pub(crate) fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Says on stderr where the gateway listens: the ports are chosen by the system where the configuration says 0.
+    pub(crate) fn announce(&self) {
+        for address in &self.data {
+            tracing::info!("listening data={address}");
+        }
+        tracing::info!("listening admin={}", self.admin_address);
+        tracing::info!("ready");
+    }
+
+    /// Serves until SIGTERM (drains: what is open may end) or SIGINT (ends at once).
+    ///
+    /// # Errors
+    /// Signals that cannot be listened for.
+    pub(crate) async fn run_until_signal(self) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let (stop, stopping) = watch::channel(false);
+        let gateway = Arc::clone(&self.gateway);
+        let admin = tokio::spawn(admin::serve(self.admin, Arc::clone(&gateway), self.access));
+        let data = tokio::spawn(listen::serve(self.listening, Arc::clone(&self.app), stopping));
+        tokio::spawn(resolve::keep_fresh(Arc::clone(&gateway)));
+        tokio::spawn(sweep(Arc::clone(&gateway)));
+        tokio::select! {
+            _ = terminate.recv() => {
+                tracing::info!(open = gateway.open.load(Ordering::Acquire), "draining");
+                gateway.draining.store(true, Ordering::Release);
+                let _ = stop.send(true);
+                self.app.http_cleanup().await;
+                drain(&gateway, &mut interrupt, self.drain).await;
+            }
+            _ = interrupt.recv() => tracing::info!("interrupted"),
+        }
+        data.abort();
+        admin.abort();
+        gateway.access.close(Duration::from_secs(2));
+        tracing::info!("ended");
+        Ok(())
+    }
+}
+
+/// Waits until no request is open, at most `patience`.
+async fn drain(gateway: &Gateway, interrupt: &mut tokio::signal::unix::Signal, patience: Duration) {
+    let idle = async {
+        while gateway.open.load(Ordering::Acquire) > 0 {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = idle => {}
+        () = sleep(patience) => tracing::warn!(open = gateway.open.load(Ordering::Acquire), "drain time is over; what is open is cut"),
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Lets go of limit state that lies idle.
+async fn sweep(gateway: Arc<Gateway>) {
+    loop {
+        sleep(Ledger::SWEEP).await;
+        gateway.ledger.sweep();
+    }
+}
+
+fn sink(written: &config::AccessLog) -> AccessSink {
+    match written {
+        config::AccessLog::Stdout => AccessSink::Stdout,
+        config::AccessLog::Off => AccessSink::Off,
+        config::AccessLog::File(path) => AccessSink::File(path.clone()),
+    }
+}
+
+fn server_conf(document: Option<&Document>) -> ServerConf {
+    let pool = document.map_or(128, |d| d.upstreams.values().map(|u| u.pool.size * u.nodes.len().max(1)).sum::<usize>().max(128));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    ServerConf { upstream_keepalive_pool_size: pool, threads, max_retries: 3, ..ServerConf::default() }
+}
+
+fn connector(document: &Document) -> io::Result<Connector> {
+    let options = ConnectorOptions::from_server_conf(&server_conf(Some(document)));
+    // Pingora panics where the machine has no certificate store; that is a mistake to be told.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| Connector::new(Some(options))))
+        .map_err(|_| io::Error::other("the system's CA certificates cannot be loaded (Debian: package ca-certificates)"))
+}
+
+fn proxy(gateway: &Arc<Gateway>) -> HttpProxy<Proxy> {
+    let mut proxy = HttpProxy::new(Proxy { gateway: Arc::clone(gateway) }, Arc::new(server_conf(None)));
+    let mut options = pingora_core::apps::HttpServerOptions::default();
+    options.h2c = true;
+    options.h2_idle_timeout = Some(H2_IDLE);
+    proxy.server_options = Some(options);
+    let mut h2 = default_h2_options();
+    h2.initial_window_size(H2_WINDOW).initial_connection_window_size(2 * H2_WINDOW);
+    proxy.h2_options = Some(h2);
+    proxy.handle_init_modules();
+    proxy
+}
+
+fn listeners(document: &Document) -> io::Result<Vec<Listening>> {
+    let limits = &document.server.limits;
+    let caps = Caps {
+        connections: limits.connections,
+        per_ip: limits.connections_per_ip,
+        header_timeout: limits.header_timeout.0,
+    };
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    document
+        .server
+        .listen
+        .iter()
+        .map(|one| {
+            let tls = one.tls.as_ref().map(|t| listen::acceptor(&text(&t.cert), &text(&t.key))).transpose();
+            Ok(Listening { listener: listen::bind(one.bind.0)?, tls: tls.map_err(io::Error::other)?, caps })
+        })
+        .collect()
+}
