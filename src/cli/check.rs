@@ -128,7 +128,10 @@ mod tests {
 
     #[test]
     fn a_good_file_is_summed_up_in_one_line() {
-        let (out, err, ok) = check("upstreams: { a: { nodes: ['http://127.0.0.1:1'] } }\nroutes: [{ name: r, match: { prefix: / }, pass: { upstream: a } }]", Format::Text);
+        let (out, err, ok) = check(
+            "upstreams: { a: { nodes: ['http://127.0.0.1:1'] } }\nroutes: [{ name: r, match: { prefix: / }, pass: { upstream: a } }]",
+            Format::Text,
+        );
         assert!(ok && err.is_empty(), "{err}");
         assert!(out.ends_with("t.yaml: ok, 1 route, 0 models, 1 upstream, 0 keys\n"), "{out}");
     }

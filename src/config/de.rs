@@ -51,11 +51,13 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
+const WHOLE: &str = "a whole number, not negative";
+
 /// What was expected, in the user's words.
 fn expected(expected: &dyn de::Expected) -> String {
     let text = expected.to_string();
     match text.as_str() {
-        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, not negative".to_owned(),
+        "u8" | "u16" | "u32" | "u64" | "usize" => WHOLE.to_owned(),
         "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number".to_owned(),
         "f32" | "f64" => "a number".to_owned(),
         "a boolean" => "true or false".to_owned(),
@@ -102,7 +104,10 @@ impl de::Error for Fault {
     }
 
     fn invalid_value(unexpected: de::Unexpected<'_>, wanted: &dyn de::Expected) -> Self {
-        Self::new(format!("expected {}, found {}", expected(wanted), found(&unexpected)))
+        match (unexpected, expected(wanted).as_str()) {
+            (de::Unexpected::Unsigned(number), "a whole number" | WHOLE) => Self::new(format!("{number} is too large")),
+            (unexpected, wanted) => Self::new(format!("expected {wanted}, found {}", found(&unexpected))),
+        }
     }
 
     fn unknown_field(field: &str, known: &'static [&'static str]) -> Self {
@@ -191,9 +196,22 @@ impl<'de> Deserializer<'de> for &'de Tree {
         }
     }
 
+    /// A list is no settings, though serde would take its items for fields.
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        match &self.value {
+            Value::List(_) => Err(de::Error::invalid_type(self.unexpected(), &visitor)),
+            _ => self.deserialize_any(visitor),
+        }
+    }
+
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map struct identifier ignored_any
+        tuple_struct map identifier ignored_any
     }
 }
 

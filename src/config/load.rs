@@ -47,7 +47,7 @@ pub(crate) fn default_path() -> Option<PathBuf> {
 pub(crate) fn load(path: &Path, world: &dyn World) -> Result<Loaded, Problems> {
     let name = path.display().to_string();
     match world.read(&name) {
-        Ok(text) => read(path, Source { name, text }, world),
+        Ok(text) => read(path, Source::new(name, text), world),
         Err(error) => Err(Problems(vec![unreadable(&name, &error)])),
     }
 }
@@ -57,7 +57,7 @@ pub(crate) fn load(path: &Path, world: &dyn World) -> Result<Loaded, Problems> {
 /// # Errors
 /// Every problem found, warnings too, if one of them is an error.
 pub(crate) fn load_text(name: &str, text: &str, world: &dyn World) -> Result<Loaded, Problems> {
-    read(Path::new(name), Source { name: name.to_owned(), text: text.to_owned() }, world)
+    read(Path::new(name), Source::new(name.to_owned(), text.to_owned()), world)
 }
 
 fn unreadable(name: &str, error: &std::io::Error) -> Problem {
@@ -74,6 +74,9 @@ fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems
     let mut files = vec![path.to_owned()];
     let mut folders = Vec::new();
     let Some(mut tree) = tree::read(&main, 0, &mut problems) else { return Err(sorted(problems, &[])) };
+    if matches!(tree.value, Value::Null) {
+        tree = Tree::empty(tree.place);
+    }
     let mut sources = vec![main];
 
     for (pattern, place) in patterns(&tree) {
@@ -98,7 +101,7 @@ fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems
             match world.read(&name) {
                 Err(error) => problems.push(unreadable(&name, &error)),
                 Ok(text) => {
-                    sources.push(Source { name, text });
+                    sources.push(Source::new(name, text));
                     let Some(source) = sources.last() else { continue };
                     if let Some(part) = tree::read(source, sources.len() - 1, &mut problems) {
                         let places = Places::new(sources.clone(), part.clone());
@@ -342,11 +345,12 @@ fn prune(places: &mut Places, fault: Fault, problems: &mut Vec<Problem>) -> bool
         }
     }
     if !said {
-        let message = if fault.culprit == Culprit::Value && places.is_secret(place) {
-            "expected a secret as text; put it in quotes".to_owned()
-        } else {
-            fault.message
-        };
+        let message =
+            if fault.culprit == Culprit::Value && places.is_secret(place) && fault.message.starts_with("expected ") {
+                "expected a secret as text; put it in quotes".to_owned()
+            } else {
+                fault.message
+            };
         problems.push(places.show(Severity::Error, place, path.clone(), message, fault.hint));
     }
     // An unknown key leaves nothing out that a later check could miss.

@@ -1,6 +1,6 @@
 //! Finding the place of a path in the files, and making problems that show it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::problem::{Problem, Severity, snippet};
 use super::tree::{Place, Source, Tree, Value};
@@ -46,14 +46,16 @@ pub(crate) struct Places {
     pub tree: Tree,
     /// Paths of these parts.
     pub broken: BTreeSet<String>,
-    secrets: Vec<Place>,
+    secrets: HashSet<Place>,
+    masks: HashMap<(usize, u32), Vec<(usize, usize)>>,
 }
 
 impl Places {
     /// Notes where secrets stand, so that no snippet shows them.
     pub(crate) fn new(sources: Vec<Source>, tree: Tree) -> Self {
         let secrets = secrets(&tree);
-        Self { sources, tree, broken: BTreeSet::new(), secrets }
+        let masks = masks(&sources, &secrets);
+        Self { sources, tree, broken: BTreeSet::new(), secrets, masks }
     }
 
     /// Where `at` stands and its path as written; of a part that is absent, where the closest part around it stands.
@@ -84,7 +86,7 @@ impl Places {
 
     /// Whether something at, in or around this part was refused, so that what is left of it says nothing.
     pub(crate) fn lost(&self, at: &At) -> bool {
-        self.touched(&self.find(at).1)
+        !self.broken.is_empty() && self.touched(&self.find(at).1)
     }
 
     fn touched(&self, path: &str) -> bool {
@@ -92,7 +94,13 @@ impl Places {
     }
 
     /// A problem at `at`; none if that part was already refused for another reason.
-    pub(crate) fn problem(&self, severity: Severity, at: &At, message: String, hint: Option<String>) -> Option<Problem> {
+    pub(crate) fn problem(
+        &self,
+        severity: Severity,
+        at: &At,
+        message: String,
+        hint: Option<String>,
+    ) -> Option<Problem> {
         let (place, path) = self.find(at);
         if self.touched(&path) { None } else { Some(self.show(severity, place, path, message, hint)) }
     }
@@ -148,8 +156,7 @@ impl Places {
         hint: Option<String>,
     ) -> Problem {
         let source = self.sources.get(place.file);
-        let line = source.and_then(|source| source.text.lines().nth((place.line as usize).saturating_sub(1)));
-        let line = self.masked(line.unwrap_or_default(), place);
+        let line = self.masked(place);
         Problem {
             severity,
             file: source.map(|source| source.name.clone()).unwrap_or_default(),
@@ -162,24 +169,35 @@ impl Places {
         }
     }
 
-    fn masked(&self, line: &str, place: Place) -> String {
+    fn masked(&self, place: Place) -> String {
+        let line = self.sources.get(place.file).map(|source| source.line(place.line)).unwrap_or_default();
+        let Some(spans) = self.masks.get(&(place.file, place.line)) else { return line.to_owned() };
         let mut chars: Vec<char> = line.chars().collect();
-        // A secret over several lines starts above this one and has an end that is not worth finding.
-        let spans = |secret: &&Place| secret.file == place.file && secret.line <= place.line;
-        for secret in self.secrets.iter().filter(spans) {
-            let below = (place.line - secret.line) as usize;
-            let source = self.sources.get(secret.file);
-            let (start, width) = if below == 0 {
-                ((secret.column as usize).saturating_sub(1), secret.width as usize)
-            } else {
-                let lines = source.map(|source| source.text.lines().skip((secret.line as usize).saturating_sub(1)));
-                let above: usize = lines.map_or(0, |lines| lines.take(below).map(|l| l.chars().count() + 1).sum());
-                (0, (secret.width as usize + secret.column as usize).saturating_sub(above + 1))
-            };
-            chars.iter_mut().skip(start).take(width).for_each(|c| *c = '*');
+        for (start, width) in spans {
+            chars.iter_mut().skip(*start).take(*width).for_each(|c| *c = '*');
         }
         chars.into_iter().collect()
     }
+}
+
+/// What to mask of each line: start and width in characters. A secret may go over several lines.
+fn masks(sources: &[Source], secrets: &HashSet<Place>) -> HashMap<(usize, u32), Vec<(usize, usize)>> {
+    let mut masks: HashMap<(usize, u32), Vec<(usize, usize)>> = HashMap::new();
+    for secret in secrets {
+        let Some(source) = sources.get(secret.file) else { continue };
+        let mut start = (secret.column as usize).saturating_sub(1);
+        let mut left = secret.width as usize;
+        let mut number = secret.line;
+        while left > 0 {
+            let length = source.line(number).chars().count();
+            let here = left.min(length.saturating_sub(start));
+            masks.entry((secret.file, number)).or_default().push((start, here));
+            // The line's end counts as one character.
+            left = left.saturating_sub(here + 1);
+            (start, number) = (0, number + 1);
+        }
+    }
+    masks
 }
 
 fn extended(path: &str, step: &Step) -> String {
@@ -196,24 +214,24 @@ fn within(inner: &str, outer: &str) -> bool {
 }
 
 /// Where plain-text secrets stand.
-fn secrets(tree: &Tree) -> Vec<Place> {
-    let below = |tree: &Tree, path: &[&str]| {
-        path.iter().try_fold(tree.clone(), |tree, key| tree.entry(key).map(|entry| entry.tree.clone()))
-    };
-    let mut found: Vec<Tree> = Vec::new();
+fn secrets(tree: &Tree) -> HashSet<Place> {
+    fn below<'a>(tree: &'a Tree, path: &[&str]) -> Option<&'a Tree> {
+        path.iter().try_fold(tree, |tree, key| tree.entry(key).map(|entry| &entry.tree))
+    }
+    let mut found: Vec<&Tree> = Vec::new();
     found.extend(below(tree, &["store", "redis", "url"]));
     found.extend(below(tree, &["server", "admin", "token"]));
     if let Some(keys) = tree.entry("keys") {
         found.extend(keys.tree.items().iter().filter_map(|key| below(key, &["key"])));
     }
     for upstream in tree.entry("upstreams").map(|entry| entry.tree.entries()).unwrap_or_default() {
-        found.extend(below(&upstream.tree, &["credentials"]).iter().flat_map(Tree::items).cloned());
+        found.extend(below(&upstream.tree, &["credentials"]).into_iter().flat_map(Tree::items));
         let nodes = below(&upstream.tree, &["nodes"]);
-        for node in nodes.iter().flat_map(Tree::items) {
+        for node in nodes.into_iter().flat_map(Tree::items) {
             let url = node.entry("url").map_or(node, |entry| &entry.tree);
             // An address with a password is refused, and then shown.
             if matches!(&url.value, Value::Text(text) if text.contains('@')) {
-                found.push(url.clone());
+                found.push(url);
             }
         }
     }

@@ -206,7 +206,10 @@ fn what_is_left_out_has_the_default_of_the_contract() {
     let model = &document.models["m"];
     assert_eq!((model.retry.attempts, model.retry.jitter, model.retry.budget), (3, true, 0.2));
     assert_eq!(model.resume, Resume::Off);
-    assert_eq!(model.targets[0].on.iter().map(|on| on.name()).collect::<Vec<_>>().join(" "), "connect timeout 429 5xx first_token auth");
+    assert_eq!(
+        model.targets[0].on.iter().map(|on| on.name()).collect::<Vec<_>>().join(" "),
+        "connect timeout 429 5xx first_token auth"
+    );
 }
 
 #[test]

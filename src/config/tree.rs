@@ -12,12 +12,32 @@ use super::problem::{Problem, Severity, snippet};
 pub(crate) struct Source {
     /// Its name as shown in problems.
     pub name: String,
-    /// Its text.
+    /// Its text, without a byte order mark.
     pub text: String,
+    /// Where its lines begin.
+    starts: Vec<usize>,
+}
+
+impl Source {
+    /// A file and its text.
+    pub(crate) fn new(name: String, mut text: String) -> Self {
+        if text.starts_with('\u{feff}') {
+            text.remove(0);
+        }
+        let breaks = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
+        let starts = std::iter::once(0).chain(breaks).collect();
+        Self { name, text, starts }
+    }
+
+    /// A line by its number from 1, without its end; empty if there is none.
+    pub(crate) fn line(&self, number: u32) -> &str {
+        let start = (number as usize).checked_sub(1).and_then(|index| self.starts.get(index));
+        start.and_then(|start| self.text.get(*start..)?.lines().next()).unwrap_or_default()
+    }
 }
 
 /// Where something stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub(crate) struct Place {
     /// Index of the file.
     pub file: usize,
@@ -271,7 +291,7 @@ impl Grower<'_> {
     }
 
     fn problem(&self, place: Place, message: String) -> Problem {
-        let line = self.source.text.lines().nth((place.line as usize).saturating_sub(1)).unwrap_or_default();
+        let line = self.source.line(place.line);
         Problem {
             severity: Severity::Error,
             file: self.source.name.clone(),
@@ -293,8 +313,10 @@ impl Grower<'_> {
             message.split(" at line ").next().unwrap_or_default().trim_end_matches([' ', ',', ':']).to_owned();
         let place = Place { width: 1, ..place.unwrap_or(Place { file: self.file, line: 1, column: 1, width: 1 }) };
         let mut problem = self.problem(place, message);
-        let line = self.source.text.lines().nth((place.line as usize).saturating_sub(1)).unwrap_or_default();
-        if line.contains('\t') {
+        if matches!(error.without_snippet(), serde_yaml::Error::MultipleDocuments { .. }) {
+            problem.message = "a second YAML document".to_owned();
+            problem.hint = Some("a configuration is one document; `include:` adds further files".to_owned());
+        } else if self.source.line(place.line).trim_start_matches(' ').starts_with('\t') {
             problem.hint = Some("YAML is indented with spaces, never with tabs".to_owned());
         }
         self.problems.push(problem);
@@ -328,7 +350,7 @@ mod tests {
 
     fn tree(text: &str) -> (Option<Tree>, Vec<Problem>) {
         let mut problems = Vec::new();
-        let source = Source { name: "t.yaml".into(), text: text.into() };
+        let source = Source::new("t.yaml".into(), text.into());
         let tree = read(&source, 0, &mut problems);
         (tree, problems)
     }

@@ -473,6 +473,10 @@ impl FromStr for NodeUrl {
     fn from_str(text: &str) -> Result<Self, String> {
         let bad =
             |why: &str| format!("{text:?} is not the address of a node: {why}; write it like http://10.0.0.1:8000");
+        if text.contains('@') {
+            // The text is not repeated: it holds a password.
+            return Err("the address of a node has no user name or password; use `credentials`".to_owned());
+        }
         let (tls, rest) = if let Some(rest) = text.strip_prefix("http://") {
             (false, rest)
         } else if let Some(rest) = text.strip_prefix("https://") {
@@ -482,10 +486,6 @@ impl FromStr for NodeUrl {
         };
         if rest.contains(['?', '#']) {
             return Err(bad("a node has no query or fragment"));
-        }
-        if rest.contains('@') {
-            // The text is not repeated: it holds a password.
-            return Err("the address of a node has no user name or password; use `credentials`".to_owned());
         }
         let (authority, path) = rest.find('/').map_or((rest, ""), |slash| rest.split_at(slash));
         let (host, port) = host_port(authority).ok_or_else(|| bad("its host or port is not valid"))?;
@@ -590,7 +590,7 @@ mod tests {
         ] {
             assert!(bad.parse::<NodeUrl>().is_err(), "{bad}");
         }
-        let error = "http://user:secret@a".parse::<NodeUrl>().unwrap_err();
+        let error = "ftp://user:secret@a".parse::<NodeUrl>().unwrap_err();
         assert!(!error.contains("secret"), "{error}");
     }
 

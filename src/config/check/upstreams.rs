@@ -33,7 +33,7 @@ impl Check<'_> {
     }
 
     fn nodes(&mut self, at: &At, name: &str, upstream: &Upstream) {
-        if upstream.nodes.is_empty() && upstream.discover.is_none() {
+        if upstream.nodes.is_empty() && upstream.discover.is_none() && !self.places.lost(&at.key("discover")) {
             let hint = "add `nodes: [http://HOST:PORT]` or `discover: { dns: HOST:PORT }`";
             self.error(&at.key("nodes"), format!("the upstream `{name}` has no nodes"), Some(hint.to_owned()));
         }
@@ -83,11 +83,9 @@ impl Check<'_> {
         self.lasting(&at.key("total"), timeouts.total);
         for (key, period) in parts {
             self.lasting(&at.key(key), period);
-            let written = self.places.has(&at.key(key)) || self.places.has(&at.key("total"));
-            if written && period > timeouts.total && !timeouts.total.0.is_zero() {
-                let here = if self.places.has(&at.key(key)) { at.key(key) } else { at.key("total") };
+            if self.places.has(&at.key(key)) && period > timeouts.total && !timeouts.total.0.is_zero() {
                 let message = format!("`{key}` ({period}) is longer than `total` ({})", timeouts.total);
-                self.warn(&here, message, "`total` ends the attempt first");
+                self.warn(&at.key(key), message, "`total` ends the attempt first");
             }
         }
     }

@@ -20,7 +20,10 @@ fn included_files_add_their_sections_in_the_order_of_their_names() {
     let dir = folder(&[
         ("main.yaml", MAIN),
         ("routes.d/20.yaml", "routes: [{ name: three, match: { path: /three }, pass: { upstream: b } }]"),
-        ("routes.d/10.yaml", "upstreams: { b: { nodes: ['http://127.0.0.1:2'] } }\nroutes: [{ name: two, match: { path: /two }, pass: { upstream: a } }]"),
+        (
+            "routes.d/10.yaml",
+            "upstreams: { b: { nodes: ['http://127.0.0.1:2'] } }\nroutes: [{ name: two, match: { path: /two }, pass: { upstream: a } }]",
+        ),
         ("routes.d/.20.yaml.swp", "nonsense: ["),
         ("routes.d/readme.txt", "nonsense: ["),
     ]);
@@ -36,26 +39,49 @@ fn included_files_add_their_sections_in_the_order_of_their_names() {
 fn what_is_defined_in_two_files_is_an_error_that_names_both_places() {
     let dir = folder(&[
         ("main.yaml", MAIN),
-        ("routes.d/a.yaml", "\nupstreams: { a: { nodes: ['http://127.0.0.1:2'] } }\nroutes: [{ name: one, match: { path: /x }, pass: { upstream: a } }]"),
+        (
+            "routes.d/a.yaml",
+            "\nupstreams: { a: { nodes: ['http://127.0.0.1:2'] } }\nroutes: [{ name: one, match: { path: /x }, pass: { upstream: a } }]",
+        ),
     ]);
     let problems = load(&dir.path().join("main.yaml"), &Bare).unwrap_err();
     let main = dir.path().join("main.yaml").display().to_string();
-    let shown: Vec<_> = problems.0.iter().map(|p| (p.file.ends_with("a.yaml"), p.line, p.column, p.message.clone(), p.hint.clone().unwrap())).collect();
+    let shown: Vec<_> = problems
+        .0
+        .iter()
+        .map(|p| (p.file.ends_with("a.yaml"), p.line, p.column, p.message.clone(), p.hint.clone().unwrap()))
+        .collect();
     assert_eq!(
         shown,
         [
-            (true, 2, 14, "`a` is defined twice in `upstreams`".to_owned(), format!("it is already defined at line 2 of {main}")),
-            (true, 3, 18, "duplicate route name `one`".to_owned(), format!("it is already the name of the route at line 3 of {main}")),
+            (
+                true,
+                2,
+                14,
+                "`a` is defined twice in `upstreams`".to_owned(),
+                format!("it is already defined at line 2 of {main}")
+            ),
+            (
+                true,
+                3,
+                18,
+                "duplicate route name `one`".to_owned(),
+                format!("it is already the name of the route at line 3 of {main}")
+            ),
         ]
     );
 }
 
 #[test]
 fn an_included_file_holds_no_section_of_the_process() {
-    let dir = folder(&[("main.yaml", MAIN), ("routes.d/a.yaml", "server: { drain: 1s }\n"), ("routes.d/b.yaml", "- a\n")]);
+    let dir =
+        folder(&[("main.yaml", MAIN), ("routes.d/a.yaml", "server: { drain: 1s }\n"), ("routes.d/b.yaml", "- a\n")]);
     let problems = load(&dir.path().join("main.yaml"), &Bare).unwrap_err();
     let messages: Vec<_> = problems.0.iter().map(|p| p.message.as_str()).collect();
-    assert_eq!(messages, ["`server` cannot stand in an included file", "an included file holds sections, like `routes:`"]);
+    assert_eq!(
+        messages,
+        ["`server` cannot stand in an included file", "an included file holds sections, like `routes:`"]
+    );
 }
 
 #[test]
