@@ -40,7 +40,7 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
             reading.done = true;
             reading.finished = true;
             if let Some(data) = body.data {
-                reading.found = number(data.total_tokens).map(Found::Total);
+                reading.found = data.total();
                 reading.error = data.failure();
             }
         }
@@ -58,11 +58,17 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
 /// Reads the top-level members of a blocking answer.
 pub fn read_member<'a>(name: &str, raw: &'a str, into: &mut Reading<'a>) {
     match name {
-        "metadata" => into.found = serde_json::from_str(raw).ok().and_then(metadata_usage).or(into.found),
+        "metadata" => {
+            // A blocking run cannot be stopped half-way, so zeros are the truth.
+            into.found = match serde_json::from_str(raw).ok().and_then(metadata_usage) {
+                Some(Found::Whole(counts)) if counts.is_zero() => Some(Found::Free),
+                found => found,
+            };
+        }
         "answer" => into.texts.push(raw),
         "data" => {
             let Ok(data) = serde_json::from_str::<Data<'a>>(raw) else { return };
-            into.found = into.found.or_else(|| number(data.total_tokens).map(Found::Total));
+            into.found = data.total();
             into.error = data.failure();
             into.texts.extend(data.outputs.filter(|outputs| !is_blank(outputs)).map(RawValue::get));
         }
@@ -139,6 +145,13 @@ struct Data<'a> {
 }
 
 impl Data<'_> {
+    /// A run that was stopped or failed states 0 though its model had begun; one that succeeded means it.
+    fn total(&self) -> Option<Found> {
+        let total = number(self.total_tokens)?;
+        let succeeded = self.status.is_some_and(|status| status.get() == "\"succeeded\"");
+        Some(if total == 0 && succeeded { Found::Free } else { Found::Total(total) })
+    }
+
     /// A run that failed; one that was stopped or succeeded in part did as it was told.
     fn failure(&self) -> Option<StreamError> {
         let status = self.status.filter(|status| status.get() == "\"failed\"")?;
@@ -200,6 +213,10 @@ mod tests {
         let reading = read(finished);
         assert_eq!(reading.found, Some(Found::Total(18)));
         assert!(reading.done && reading.error.is_none());
+        let free = r#"{"event":"workflow_finished","data":{"status":"succeeded","total_tokens":0}}"#;
+        assert_eq!(read(free).found, Some(Found::Free));
+        let stopped = r#"{"event":"workflow_finished","data":{"status":"stopped","total_tokens":0}}"#;
+        assert_eq!(read(stopped).found, Some(Found::Total(0)));
     }
 
     #[test]

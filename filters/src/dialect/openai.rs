@@ -107,7 +107,10 @@ fn read_response_event<'a>(
     };
     if let Some(delta) = delta.filter(|delta| step.ends_with(".delta") && !is_blank(delta)) {
         reading.token = true;
-        reading.texts.push(delta.get());
+        // Sound is output, but no text to count.
+        if !step.ends_with("audio.delta") {
+            reading.texts.push(delta.get());
+        }
     }
     let body = response.and_then(|response| serde_json::from_str::<ResponseBody<'a>>(response.get()).ok());
     match step {

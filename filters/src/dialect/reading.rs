@@ -73,6 +73,8 @@ pub enum Found {
     Step(Counts),
     /// A run, as one sum.
     Total(u64),
+    /// A run that succeeded without a model: its zeros are true, whatever text it gave.
+    Free,
 }
 
 /// A failure that an upstream states inside an answer of status 200.

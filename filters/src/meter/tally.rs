@@ -18,6 +18,8 @@ pub(super) struct Tally {
     steps: Counts,
     /// A run's sum.
     total: Option<u64>,
+    /// A run that used no model.
+    free: bool,
     pub(super) finished: bool,
     pub(super) error: Option<StreamError>,
 }
@@ -48,6 +50,7 @@ impl Tally {
                 self.steps.output = sum(self.steps.output, counts.output);
             }
             Some(Found::Total(total)) => self.total = Some(total),
+            Some(Found::Free) => self.free = true,
             None => {}
         }
         self.finished |= reading.finished;
@@ -57,6 +60,9 @@ impl Tally {
     }
 
     pub(super) fn usage(&self, prompt_estimate: u64) -> Usage {
+        if self.free {
+            return Usage { source: UsageSource::Upstream, ..Usage::default() };
+        }
         let counted = self.text.tokens();
         // All zeros beside a text is what a stopped Dify run states: no statement.
         let honest = |counts: &Counts| !(counts.is_zero() && counted > 0);
@@ -71,13 +77,15 @@ impl Tally {
     }
 
     fn by_statement(&self, counts: Counts, counted: u64, prompt_estimate: u64) -> Usage {
-        // A chunk may bear text together with usage, or more text came since: then the larger figure is the truer.
-        let output = match counts.output {
-            Some(output) if self.covers => output,
-            output => output.unwrap_or(0).max(if counts.total.is_some() { 0 } else { counted }),
-        };
-        let input = counts.input.or_else(|| counts.total.map(|total| total.saturating_sub(output)));
-        let source = if self.covers && input.is_some() { UsageSource::Upstream } else { UsageSource::Counted };
+        let rest = || Some(counts.total?.saturating_sub(counts.input?));
+        let stated = counts.output.or_else(rest);
+        // Text that came since the statement is not in it, and an answer with text has no 0 tokens: then our count is the truer.
+        let trusted = stated.filter(|output| self.covers && (*output > 0 || counted == 0));
+        let output = trusted.unwrap_or_else(|| counted.max(stated.unwrap_or(0)));
+        let input = counts.input.or_else(|| Some(counts.total?.saturating_sub(output)));
+        // Only a sum was stated, as reranking has it: all of it is known, if not how it splits.
+        let whole = trusted.is_some() || (self.covers && counts.total.is_some());
+        let source = if whole && input.is_some() { UsageSource::Upstream } else { UsageSource::Counted };
         let input = input.unwrap_or(prompt_estimate);
         Usage { input, cached_input: counts.cached.unwrap_or(0).min(input), output, source }
     }
@@ -107,6 +115,9 @@ impl Tally {
 
     pub(super) fn output(&self) -> u64 {
         let stated = self.stated.and_then(|counts| counts.output).unwrap_or(0);
+        if self.covers && stated > 0 {
+            return stated;
+        }
         stated.max(self.steps.output.unwrap_or(0)).max(self.text.tokens())
     }
 }

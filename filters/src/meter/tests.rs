@@ -134,6 +134,27 @@ fn usage_stated_with_every_chunk_survives_a_broken_stream() {
 }
 
 #[test]
+fn text_behind_the_last_statement_of_usage_is_counted() {
+    let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":1,\"total_tokens\":12}}\n\n\
+        data: {\"choices\":[{\"delta\":{\"content\":\" one two three\"}}]}\n\n";
+    let whole = chat_of(text);
+    assert_eq!(whole.usage, usage(11, 0, 5, UsageSource::Counted));
+    let zero = "data: {\"choices\":[{\"delta\":{\"content\":\"one\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":0}}\n\n";
+    assert_eq!(chat_of(zero).usage, usage(11, 0, 2, UsageSource::Counted));
+}
+
+#[test]
+fn the_running_count_is_ours_until_the_upstream_states_its_own() {
+    let mut meter = chat(true);
+    let mut counts = Vec::new();
+    for event in CHAT.split_inclusive("\n\n") {
+        meter.feed(Bytes::from_static(event.as_bytes())).unwrap();
+        counts.push(meter.output_tokens_so_far());
+    }
+    assert_eq!(counts, [0, 0, 2, 6, 6, 7, 7]);
+}
+
+#[test]
 fn a_malformed_first_event_is_told_a_later_one_is_not() {
     assert!(chat_of("data: {\"choices\":[{\"del\n\n").malformed);
     assert!(chat_of(": x\n\ndata: <html>\n\n").malformed);
@@ -228,9 +249,11 @@ fn a_stopped_dify_run_is_charged_what_it_said_before() {
 
 #[test]
 fn a_dify_workflow_without_a_model_costs_nothing() {
+    let chunk = r#"{"event":"text_chunk","data":{"text":"echo"}}"#;
     let end = r#"{"event":"workflow_finished","data":{"status":"succeeded","total_tokens":0}}"#;
-    let whole = workflow(&[end]);
-    assert_eq!((whole.usage.input, whole.usage.output), (0, 0));
+    assert_eq!(workflow(&[chunk, end]).usage, usage(0, 0, 0, UsageSource::Upstream));
+    let blocking = r#"{"answer": "echo", "metadata": {"usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}}"#;
+    assert_eq!(plain(Dialect::Dify, CallKind::DifyChat, blocking).usage, usage(0, 0, 0, UsageSource::Upstream));
 }
 
 #[test]
