@@ -209,7 +209,7 @@ fn value_for(schema: &Value, numbers: &mut Numbers) -> Value {
     }
     match schema.get("type").and_then(Value::as_str) {
         Some("integer" | "number") => Value::from(numbers.next() % 100),
-        Some("boolean") => Value::Bool(numbers.next() % 2 == 0),
+        Some("boolean") => Value::Bool(numbers.next().is_multiple_of(2)),
         Some("array") => Value::Array(Vec::new()),
         Some("object") => Value::Object(Map::new()),
         _ => Value::String(words::answer(numbers.next(), 2).concat()),
