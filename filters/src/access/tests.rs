@@ -214,3 +214,46 @@ fn the_log_can_be_off_and_is_written_in_the_configuration_as_one_word_or_a_file(
     assert_eq!(file, AccessSink::File("/var/log/tollgate/access.log".into()));
     assert!(serde_json::from_str::<AccessSink>("\"syslog\"").is_err());
 }
+
+/// A disk that is full in the middle of a line, and later has room again.
+struct FullOnce {
+    room: usize,
+    full: bool,
+    written: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Write for FullOnce {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.room == 0 && !self.full {
+            self.full = true;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let taken = if self.full { bytes.len() } else { bytes.len().min(self.room) };
+        self.room -= taken.min(self.room);
+        self.written.lock().extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_line_that_was_cut_by_a_full_disk_does_not_spoil_the_next_one() {
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let disk = FullOnce { room: 10, full: false, written: Arc::clone(&written) };
+    let log = AccessLog::start(Out::Stream(Box::new(disk)), WAITING_BYTES).unwrap();
+    log.write(&line("cut"));
+    let patience = std::time::Instant::now() + PATIENCE;
+    while log.dropped() == 0 {
+        assert!(std::time::Instant::now() < patience, "the cut line was not counted");
+        thread::yield_now();
+    }
+    log.write(&line("whole"));
+    assert!(log.close(PATIENCE));
+    let text = String::from_utf8(written.lock().clone()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((lines.len(), lines[0].len(), log.dropped()), (2, 10, 1));
+    assert!(lines[1].contains("\"whole\"") && serde_json::from_str::<serde_json::Value>(lines[1]).is_ok());
+}
