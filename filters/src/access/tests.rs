@@ -106,9 +106,10 @@ fn whatever_stands_in_a_field_a_line_stays_one_line_of_json() {
 #[test]
 fn a_reader_that_does_not_read_blocks_nobody_and_every_line_is_written_or_counted() {
     let (reader, writer) = io::pipe().unwrap();
-    let log = AccessLog::start(Out::Stream(Box::new(writer)), 64 << 10).unwrap();
-    // Far more than the pipe and the buffer hold; were a write to wait, this loop would not end.
-    let total = 2_000;
+    // A buffer larger than any pipe, so that the thread blocks whenever it comes to run; and far more lines than pipe, thread
+    // and buffer hold together. Were a write to wait, this loop would not end.
+    let log = AccessLog::start(Out::Stream(Box::new(writer)), 2 << 20).unwrap();
+    let total = 20_000;
     for n in 0..total {
         log.write(&line(&n.to_string()));
     }
