@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::{Condvar, Mutex};
 use schemars::JsonSchema;
@@ -236,15 +236,10 @@ impl AccessLog {
     /// It blocks its thread: on an async runtime, call it from a blocking one.
     pub fn close(&self, timeout: Duration) -> bool {
         let Some(shared) = &self.0 else { return true };
-        let deadline = Instant::now() + timeout;
         self.signal(|state| state.closed = true);
         let mut state = shared.state.lock();
-        while !state.ended {
-            if shared.ended.wait_until(&mut state, deadline).timed_out() {
-                return state.ended;
-            }
-        }
-        true
+        shared.ended.wait_while_for(&mut state, |state| !state.ended, timeout);
+        state.ended
     }
 
     fn signal(&self, change: impl FnOnce(&mut State)) {
@@ -279,6 +274,7 @@ impl Shared {
     /// The writer thread: swaps the full buffer for an empty one and writes it, until the log is closed.
     fn carry(&self, mut out: Out) {
         let mut batch = Vec::new();
+        let mut torn = false;
         loop {
             let mut state = self.state.lock();
             while state.lines.is_empty() && !state.reopen && !state.closed {
@@ -293,7 +289,11 @@ impl Shared {
             if reopen {
                 out.reopen();
             }
-            self.write_all(&mut out, &batch);
+            // The rest of a line that failed halfway is lost; the next line shall not grow onto its beginning.
+            if torn && !batch.is_empty() {
+                batch.insert(0, b'\n');
+            }
+            torn = self.write_all(&mut out, &batch, torn);
             batch.clear();
             if last {
                 self.state.lock().ended = true;
@@ -303,8 +303,9 @@ impl Shared {
         }
     }
 
-    /// Writes a batch; counts the lines that were not written whole.
-    fn write_all(&self, out: &mut Out, batch: &[u8]) {
+    /// Writes a batch, and counts the lines that were not written whole. True if the output ends in the middle of a line;
+    /// `torn` says whether it did before.
+    fn write_all(&self, out: &mut Out, batch: &[u8], torn: bool) -> bool {
         let mut rest = batch;
         while !rest.is_empty() {
             match out.write(rest) {
@@ -313,12 +314,17 @@ impl Shared {
                 // Another program may have made the descriptor non-blocking, as it shares it with us.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(5)),
                 Ok(_) | Err(_) => {
+                    let untouched = rest.len() == batch.len();
+                    // The break that mends a torn line is not a line.
+                    let mending = u64::from(torn && untouched);
                     let lines = memchr::memchr_iter(b'\n', rest).count() as u64;
-                    self.dropped.fetch_add(lines, Ordering::Relaxed);
-                    return;
+                    self.dropped.fetch_add(lines.saturating_sub(mending), Ordering::Relaxed);
+                    let written = batch.get(..batch.len() - rest.len()).unwrap_or_default();
+                    return if untouched { torn } else { !written.ends_with(b"\n") };
                 }
             }
         }
+        torn && batch.is_empty()
     }
 }
 

@@ -106,9 +106,10 @@ fn whatever_stands_in_a_field_a_line_stays_one_line_of_json() {
 #[test]
 fn a_reader_that_does_not_read_blocks_nobody_and_every_line_is_written_or_counted() {
     let (reader, writer) = io::pipe().unwrap();
-    let log = AccessLog::start(Out::Stream(Box::new(writer)), 64 << 10).unwrap();
-    // Far more than the pipe and the buffer hold; were a write to wait, this loop would not end.
-    let total = 2_000;
+    // A buffer larger than any pipe, so that the thread blocks whenever it comes to run; and far more lines than pipe, thread
+    // and buffer hold together. Were a write to wait, this loop would not end.
+    let log = AccessLog::start(Out::Stream(Box::new(writer)), 2 << 20).unwrap();
+    let total = 20_000;
     for n in 0..total {
         log.write(&line(&n.to_string()));
     }
@@ -213,4 +214,47 @@ fn the_log_can_be_off_and_is_written_in_the_configuration_as_one_word_or_a_file(
     let file: AccessSink = serde_json::from_str(r#"{"file":"/var/log/tollgate/access.log"}"#).unwrap();
     assert_eq!(file, AccessSink::File("/var/log/tollgate/access.log".into()));
     assert!(serde_json::from_str::<AccessSink>("\"syslog\"").is_err());
+}
+
+/// A disk that is full in the middle of a line, and later has room again.
+struct FullOnce {
+    room: usize,
+    full: bool,
+    written: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Write for FullOnce {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.room == 0 && !self.full {
+            self.full = true;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let taken = if self.full { bytes.len() } else { bytes.len().min(self.room) };
+        self.room -= taken.min(self.room);
+        self.written.lock().extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_line_that_was_cut_by_a_full_disk_does_not_spoil_the_next_one() {
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let disk = FullOnce { room: 10, full: false, written: Arc::clone(&written) };
+    let log = AccessLog::start(Out::Stream(Box::new(disk)), WAITING_BYTES).unwrap();
+    log.write(&line("cut"));
+    let patience = std::time::Instant::now() + PATIENCE;
+    while log.dropped() == 0 {
+        assert!(std::time::Instant::now() < patience, "the cut line was not counted");
+        thread::yield_now();
+    }
+    log.write(&line("whole"));
+    assert!(log.close(PATIENCE));
+    let text = String::from_utf8(written.lock().clone()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((lines.len(), lines[0].len(), log.dropped()), (2, 10, 1));
+    assert!(lines[1].contains("\"whole\"") && serde_json::from_str::<serde_json::Value>(lines[1]).is_ok());
 }
