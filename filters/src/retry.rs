@@ -1,52 +1,100 @@
 //! What may follow a failed attempt. Pure: the failure and the target in, a decision out.
 
+use std::fmt;
 use std::time::Duration;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, de};
 
 use crate::error::GatewayError;
+use crate::metrics::Attempted;
 
-/// Classes of failures; a target's `on:` lists those after which it is tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Class {
+macro_rules! classes {
+    ($($(#[$doc:meta])* $variant:ident $name:literal;)*) => {
+        /// Classes of failures; a target's `on:` lists those after which it is tried.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Class { $($(#[$doc])* $variant,)* }
+
+        impl Class {
+            /// Every class.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+            const NAMES: &'static [&'static str] = &[$($name,)*];
+
+            /// The word in configuration, metrics and logs.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            fn named(name: &str) -> Option<Self> {
+                match name { $($name => Some(Self::$variant),)* _ => None }
+            }
+        }
+
+        impl From<Class> for Attempted {
+            fn from(class: Class) -> Self {
+                match class { $(Class::$variant => Self::$variant,)* }
+            }
+        }
+    };
+}
+
+classes! {
     /// No connection, or it broke before an answer.
-    Connect,
+    Connect "connect";
     /// No answer in time.
-    Timeout,
+    Timeout "timeout";
     /// The upstream said 429.
-    #[serde(rename = "429")]
-    RateLimited,
+    RateLimited "429";
     /// The upstream said 5xx, or failed inside a 200.
-    #[serde(rename = "5xx")]
-    ServerError,
+    ServerError "5xx";
     /// A stream that brought no token in time, or none at all.
-    FirstToken,
+    FirstToken "first_token";
     /// The upstream refused our credential.
-    Auth,
+    Auth "auth";
     /// The prompt is too long for the model.
-    ContextLength,
+    ContextLength "context_length";
     /// The provider's content filter refused.
-    ContentFilter,
+    ContentFilter "content_filter";
 }
 
 impl Class {
     /// The classes that lead to the next target unless a target says otherwise.
-    pub const DEFAULT: [Self; 6] = [Self::Connect, Self::Timeout, Self::RateLimited, Self::ServerError, Self::FirstToken, Self::Auth];
+    pub const DEFAULT: [Self; 6] =
+        [Self::Connect, Self::Timeout, Self::RateLimited, Self::ServerError, Self::FirstToken, Self::Auth];
+}
 
-    /// The word in configuration, metrics and logs.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Connect => "connect",
-            Self::Timeout => "timeout",
-            Self::RateLimited => "429",
-            Self::ServerError => "5xx",
-            Self::FirstToken => "first_token",
-            Self::Auth => "auth",
-            Self::ContextLength => "context_length",
-            Self::ContentFilter => "content_filter",
+impl<'de> Deserialize<'de> for Class {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Class;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "one of {}", Class::NAMES.join(", "))
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> std::result::Result<Class, E> {
+                Class::named(name).ok_or_else(|| E::unknown_variant(name, Class::NAMES))
+            }
+
+            // Written without quotes, 429 is a number.
+            fn visit_u64<E: de::Error>(self, number: u64) -> std::result::Result<Class, E> {
+                self.visit_str(&number.to_string())
+            }
         }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Class {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Failure".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let names = Self::NAMES.iter().map(|name| serde_json::Value::from(*name));
+        let names: Vec<_> = names.chain([serde_json::Value::from(429)]).collect();
+        json_schema!({ "description": "A class of failures that sends a call to the next target", "enum": names })
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) fn run(args: &DemoArgs) -> io::Result<ExitCode> {
         let loaded = match config::load_text("demo.yaml (built in)", &text, &Process) {
             Ok(loaded) => loaded,
             Err(problems) => {
-                check::print(&problems, &mut io::stderr())?;
+                write!(io::stderr(), "{problems}")?;
                 return Ok(ExitCode::FAILURE);
             }
         };

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &ExplainArgs, world: &dyn World, out: &mut dyn Write, er
     let loaded = match check::load(args.config.as_ref(), world) {
         Ok(loaded) => loaded,
         Err(problems) => {
-            check::print(&problems, err)?;
+            write!(err, "{problems}")?;
             return Ok(ExitCode::FAILURE);
         }
     };

@@ -1,6 +1,6 @@
 //! `tollgate run`: serve.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &RunArgs) -> io::Result<ExitCode> {
     let loaded = match check::load(args.config.as_ref(), &Process) {
         Ok(loaded) => loaded,
         Err(problems) => {
-            check::print(&problems, &mut io::stderr())?;
+            write!(io::stderr(), "{problems}")?;
             return Ok(ExitCode::FAILURE);
         }
     };

@@ -2,13 +2,14 @@
 
 use schemars::JsonSchema;
 use serde::Deserialize;
+use tollgate_filters::auth::Source;
 
 /// How callers are recognised.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Auth {
     /// Where a key may be presented, in this order. Default: bearer, x-api-key, api-key. `query` must be asked for.
-    pub sources: Vec<KeySource>,
+    pub sources: Vec<Source>,
     /// Also look keys up in Redis; needs `store.redis`. Default false.
     pub redis_keys: bool,
     /// Issuers whose JWTs are accepted in place of a key.
@@ -18,25 +19,11 @@ pub(crate) struct Auth {
 impl Default for Auth {
     fn default() -> Self {
         Self {
-            sources: vec![KeySource::Bearer, KeySource::XApiKey, KeySource::ApiKey],
+            sources: vec![Source::Bearer, Source::XApiKey, Source::ApiKey],
             redis_keys: false,
             jwt: Vec::new(),
         }
     }
-}
-
-/// A place in the request where a key may be presented.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum KeySource {
-    /// `Authorization: Bearer KEY`
-    Bearer,
-    /// `x-api-key: KEY`
-    XApiKey,
-    /// `api-key: KEY`
-    ApiKey,
-    /// `?api_key=KEY`
-    Query,
 }
 
 /// One issuer of JWTs.

@@ -6,6 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 use tollgate_filters::config::Period;
 use tollgate_filters::limit::dimension::Limits;
+use tollgate_filters::retry::Class;
 
 /// A name that clients ask for, and where it is served.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -42,7 +43,7 @@ pub(crate) struct Target {
     /// Failures of the targets before it that bring a call here.
     /// Default: connect, timeout, 429, 5xx, first_token, auth.
     #[serde(default = "on")]
-    pub on: Vec<Failure>,
+    pub on: Vec<Class>,
     /// This target takes longer prompts: it is tried on `context_length` if `on` names that.
     #[serde(default)]
     pub larger_context: bool,
@@ -51,91 +52,8 @@ pub(crate) struct Target {
     pub continues: bool,
 }
 
-fn on() -> Vec<Failure> {
-    vec![
-        Failure::Connect,
-        Failure::Timeout,
-        Failure::RateLimited,
-        Failure::ServerError,
-        Failure::FirstToken,
-        Failure::Auth,
-    ]
-}
-
-macro_rules! failures {
-    ($($(#[$doc:meta])* $variant:ident $name:literal;)*) => {
-        /// A class of failures that sends a call to the next target.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub(crate) enum Failure { $($(#[$doc])* $variant,)* }
-
-        impl Failure {
-            /// Every class.
-            pub(crate) const ALL: &'static [Self] = &[$(Self::$variant,)*];
-            const NAMES: &'static [&'static str] = &[$($name,)*];
-
-            /// Its name in the configuration.
-            pub(crate) const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            fn named(name: &str) -> Option<Self> {
-                match name { $($name => Some(Self::$variant),)* _ => None }
-            }
-        }
-    };
-}
-
-failures! {
-    /// No connection.
-    Connect "connect";
-    /// A time limit passed.
-    Timeout "timeout";
-    /// The upstream answered 429.
-    RateLimited "429";
-    /// The upstream answered 500 to 599.
-    ServerError "5xx";
-    /// A stream ended or stalled before its first token.
-    FirstToken "first_token";
-    /// The upstream refused our credential.
-    Auth "auth";
-    /// The prompt is too long for the model.
-    ContextLength "context_length";
-    /// The upstream's content filter refused.
-    ContentFilter "content_filter";
-}
-
-impl<'de> Deserialize<'de> for Failure {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl de::Visitor<'_> for Visitor {
-            type Value = Failure;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "one of {}", Failure::NAMES.join(", "))
-            }
-
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<Failure, E> {
-                Failure::named(name).ok_or_else(|| E::unknown_variant(name, Failure::NAMES))
-            }
-
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Failure, E> {
-                self.visit_str(&number.to_string())
-            }
-        }
-        deserializer.deserialize_any(Visitor)
-    }
-}
-
-impl JsonSchema for Failure {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Failure".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        let names: Vec<serde_json::Value> =
-            Self::NAMES.iter().map(|name| (*name).into()).chain([serde_json::Value::from(429)]).collect();
-        json_schema!({ "description": "A class of failures that sends a call to the next target", "enum": names })
-    }
+fn on() -> Vec<Class> {
+    Class::DEFAULT.to_vec()
 }
 
 /// How often and how fast a failed call is tried again.

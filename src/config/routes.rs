@@ -5,10 +5,14 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tollgate_filters::config::{Period, Size};
+use tollgate_filters::auth::AuthConfig;
+use tollgate_filters::cors::Cors;
+use tollgate_filters::dialect::Dialect;
+use tollgate_filters::guard::GuardConfig;
 use tollgate_filters::limit::dimension::Limits;
+use tollgate_filters::limit::filter::LimitConfig;
 
 use super::store::WhenDown;
-use super::upstreams::Dialect;
 use super::words::{Allowed, Many, Toggle};
 
 /// Which requests go where. Just one of `call` and `pass`.
@@ -106,15 +110,15 @@ pub(crate) enum OnAbort {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Filters {
     /// Only callers with a key. Default on.
-    pub auth: Toggle<AuthFilter>,
+    pub auth: Toggle<AuthConfig>,
     /// What a body may ask for. Default on.
-    pub guard: Toggle<GuardFilter>,
+    pub guard: Toggle<GuardConfig>,
     /// Limits of key, route, model and all. Default on.
-    pub limit: Toggle<LimitFilter>,
+    pub limit: Toggle<LimitConfig>,
     /// Answers kept for the same question. Default off.
     pub cache: Toggle<CacheFilter>,
     /// Cross-origin requests of browsers. Default off.
-    pub cors: Toggle<CorsFilter>,
+    pub cors: Toggle<Cors>,
 }
 
 impl Default for Filters {
@@ -127,28 +131,6 @@ impl Default for Filters {
             cors: Toggle::Off,
         }
     }
-}
-
-/// Settings of `auth`; there are none yet.
-#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct AuthFilter {}
-
-/// Settings of `limit`; there are none yet.
-#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct LimitFilter {}
-
-/// Settings of `guard`.
-#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct GuardFilter {
-    /// Most completion tokens a call may ask for. Default: any number.
-    pub max_tokens: Option<u64>,
-    /// Most answers (`n`) a call may ask for. Default: any number.
-    pub max_choices: Option<u32>,
-    /// Top-level fields of the body that are refused with `field_not_allowed`. Default: none.
-    pub deny_fields: Vec<String>,
 }
 
 /// Settings of `cache`.
@@ -165,31 +147,3 @@ impl Default for CacheFilter {
     }
 }
 
-/// Settings of `cors`.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct CorsFilter {
-    /// Origins that may read answers, or `"*"`. Default `["*"]`.
-    pub origins: Many,
-    /// Methods they may use. Default GET, POST, PUT, PATCH, DELETE.
-    pub methods: Many,
-    /// Request headers they may send. Default authorization, content-type, x-api-key.
-    pub headers: Many,
-    /// How long a browser may keep a preflight's answer. Default 10m.
-    pub max_age: Period,
-    /// Cookies are let through; not with origin `*`. Default false.
-    pub credentials: bool,
-}
-
-impl Default for CorsFilter {
-    fn default() -> Self {
-        let words = |words: &[&str]| Many(words.iter().map(|word| (*word).to_owned()).collect());
-        Self {
-            origins: words(&["*"]),
-            methods: words(&["GET", "POST", "PUT", "PATCH", "DELETE"]),
-            headers: words(&["authorization", "content-type", "x-api-key"]),
-            max_age: Period::secs(600),
-            credentials: false,
-        }
-    }
-}

@@ -5,6 +5,7 @@ use std::fmt;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 use tollgate_filters::config::{Period, SecretSource};
+use tollgate_filters::dialect::Dialect;
 
 use super::words::{HostPort, NodeUrl, Toggle};
 
@@ -37,23 +38,6 @@ pub(crate) struct Upstream {
     pub cooldown: Cooldown,
     /// What the provider grants us.
     pub budget: Option<Budget>,
-}
-
-/// What the nodes of an upstream speak.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Dialect {
-    /// OpenAI's API, also of vLLM, SGLang, llama.cpp.
-    #[default]
-    Openai,
-    /// Anthropic's messages API.
-    Anthropic,
-    /// Google's Gemini API.
-    Gemini,
-    /// Dify's service API.
-    Dify,
-    /// Plain HTTP that the gateway does not look into.
-    None,
 }
 
 /// How a node of an upstream is chosen.

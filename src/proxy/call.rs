@@ -13,6 +13,7 @@ use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
+use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
 use tollgate_filters::retry::{self, Class, Failure};
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
@@ -177,18 +178,18 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
         let began = Instant::now();
         match attempt::run(client, ctx, &mut request, (&target, &node), guard).await {
             Ok(answer) => {
-                observe_attempt(ctx, &target.upstream, &node, "ok");
+                observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
                 drop(request);
                 return relay::run(client, ctx, answer).await;
             }
             Err(End::ClientGone) => {
-                observe_attempt(ctx, &target.upstream, &node, "client_gone");
+                observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
                 return Outcome::ClientGone;
             }
             Err(End::Failed(failure)) => {
                 ctx.exchange.tally.upstream_time += began.elapsed();
-                observe_attempt(ctx, &target.upstream, &node, failure.class.as_str());
+                observe_attempt(ctx, &target.upstream, &node, failure.class.into());
                 node.state.failed();
                 tracing::info!(
                     request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*target.upstream.name, node = &*node.name,
@@ -229,7 +230,7 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     if let (Some(failure), Some(from)) = (&course.last, &tally.upstream)
         && **from != *chosen.target.upstream.name
     {
-        ctx.gateway.metrics.fallback(&course.model.name, from, &chosen.target.upstream.name, failure.class.as_str());
+        ctx.gateway.metrics.fallback(&course.model.name, from, &chosen.target.upstream.name, failure.class.into());
     }
     tally.attempts = course.attempts;
     tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
@@ -237,8 +238,10 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     tally.target_model = Some(Arc::clone(&chosen.target.model));
 }
 
-fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: &str) {
-    ctx.gateway.metrics.attempt(&upstream.name, &node.name, outcome);
+fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
+    if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
+        handles.attempted(outcome);
+    }
 }
 
 /// Waits, unless the client leaves.

@@ -114,7 +114,7 @@ fn key_hash(key: &config::Key, world: &dyn World) -> Result<KeyHash, String> {
 
 fn names(allowed: &Allowed) -> Option<HashSet<Box<str>>> {
     match allowed {
-        Allowed::All => None,
+        Allowed::Any => None,
         Allowed::These(names) => Some(names.iter().map(|n| n.as_str().into()).collect()),
     }
 }

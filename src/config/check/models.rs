@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{At, Check};
-use crate::config::{Dialect, Failure, Model, Resume, Target};
+use crate::config::{Model, Resume, Target};
 
 impl Check<'_> {
     pub(super) fn models(&mut self) {
@@ -49,7 +49,7 @@ impl Check<'_> {
             let hint = "leave it out for the default: connect, timeout, 429, 5xx, first_token, auth";
             self.error(&at.key("on"), "the target would never be tried", Some(hint.to_owned()));
         }
-        if target.on.contains(&Failure::ContextLength) && !target.larger_context {
+        if target.on.contains(&Class::ContextLength) && !target.larger_context {
             let hint = "add `larger_context: true` if it takes longer prompts";
             self.warn(&at.key("on"), "context_length goes only to a target with `larger_context`", hint);
         }

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use super::shadow::shadowed_by;
 use super::{At, Check};
-use crate::config::{Call, CorsFilter, Dialect, Match, Route};
+use tollgate_filters::cors::Cors;
+use tollgate_filters::dialect::Dialect;
+
+use crate::config::{Call, Match, Route};
 
 impl Check<'_> {
     pub(super) fn routes(&mut self) {
@@ -162,11 +165,6 @@ impl Check<'_> {
     }
 
     fn filters(&mut self, at: &At, route: &Route) {
-        if let Some(guard) = route.filters.guard.on() {
-            let at = at.key("guard");
-            self.positive(&at.key("max_tokens"), guard.max_tokens.unwrap_or(1));
-            self.positive(&at.key("max_choices"), guard.max_choices.unwrap_or(1));
-        }
         if let Some(cache) = route.filters.cache.on() {
             self.lasting(&at.key("cache").key("ttl"), cache.ttl);
         }
@@ -175,28 +173,14 @@ impl Check<'_> {
         }
     }
 
-    fn cors(&mut self, at: &At, cors: &CorsFilter) {
-        self.empty_list(&at.key("origins"), &cors.origins, "write \"*\" for all origins");
-        if cors.credentials && cors.origins.iter().any(|origin| origin == "*") {
-            let hint = "list the origins: browsers refuse `*` together with credentials";
-            self.error(&at.key("credentials"), "credentials for every origin", Some(hint.to_owned()));
-        }
-        for (index, origin) in cors.origins.iter().enumerate().filter(|(_, origin)| *origin != "*") {
-            let host = origin.strip_prefix("https://").or_else(|| origin.strip_prefix("http://"));
-            if host.is_none_or(|host| host.is_empty() || host.contains(['/', ' ', '*'])) {
-                let at = self.places.listed(&at.key("origins"), index);
-                let hint = "scheme, host and port only, like https://app.example.org";
-                self.error(&at, format!("{origin:?} is not an origin"), Some(hint.to_owned()));
-            }
-        }
-        for (index, method) in cors.methods.iter().enumerate() {
-            let at = self.places.listed(&at.key("methods"), index);
-            self.method(&at, method);
-        }
-        for (index, header) in cors.headers.iter().enumerate() {
-            let at = self.places.listed(&at.key("headers"), index);
-            self.header_name(&at, header);
-        }
+    fn cors(&mut self, at: &At, cors: &Cors) {
+        let Err(error) = cors.policy("") else { return };
+        // The error's path is relative to the filter: `.origins[1]`.
+        let at = error.path.split(['.', '[', ']']).filter(|part| !part.is_empty()).fold(at.clone(), |at, part| match part.parse() {
+            Ok(index) => self.places.listed(&at, index),
+            Err(_) => at.key(part),
+        });
+        self.error(&at, error.message, error.hint);
     }
 
     /// A route behind others that take everything it matches is an error: somebody relies on it.
