@@ -94,7 +94,15 @@ impl Members {
                         rest = at;
                     }
                 }
-                Place::Value => self.in_value(byte, from, at),
+                Place::Value => {
+                    let top = self.depth == 1;
+                    let stop = |byte: &u8| matches!(byte, b'"' | b'{' | b'}' | b'[' | b']') || (top && *byte == b',');
+                    let at = at.iter().position(stop).and_then(|skip| at.get(skip..)).unwrap_or_default();
+                    if let Some(byte) = at.first() {
+                        self.in_value(*byte, from, at);
+                    }
+                    rest = at.get(1..).unwrap_or_default();
+                }
                 Place::InString(true) => self.place = Place::InString(false),
                 Place::InString(false) => {
                     let skip = memchr2(b'"', b'\\', at).unwrap_or(at.len());
