@@ -329,7 +329,7 @@ fn bit(ordinal: usize) -> u64 {
 fn commit(plan: &Plan, locked: &mut Locked<'_>, tokens: u64, now: u64) -> SmallVec<[Grant; 8]> {
     let mut grants = SmallVec::new();
     for set in plan.sets() {
-        let Some(scope) = locked.open(set.id()) else { continue };
+        let Some(scope) = locked.open(set) else { continue };
         for rule in set.rules() {
             let grant = scope.counter_mut(rule.dimension).map(|counter| match rule.dimension.unit() {
                 Unit::Tokens => counter.take_tokens(tokens, set.zone(), now),

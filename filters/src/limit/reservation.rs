@@ -204,7 +204,8 @@ impl Reservation {
         };
     }
 
-    /// Charges what the call used, as the final truth.
+    /// Charges what the call used, as the final truth; zero if it says zero. Where no usage is known, tell
+    /// [`Reservation::progress`] what was counted and [`Reservation::release`] it.
     pub fn settle(mut self, usage: &Usage) {
         self.finish(usage.total());
     }

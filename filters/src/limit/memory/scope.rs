@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::lease::Lease;
 use crate::limit::dimension::{Dimension, Unit};
-use crate::limit::rule::{Plan, ScopeId};
+use crate::limit::rule::{Plan, RuleSet, ScopeId};
 use crate::limit::window::{Counter, Grant};
 
 const SHARDS: usize = 256;
@@ -121,6 +121,9 @@ impl ScopeTable {
     /// Locks the shards of all scopes of a plan, in ascending order, each once.
     pub(super) fn lock(&self, plan: &Plan) -> Locked<'_> {
         let mut places: SmallVec<[usize; 4]> = plan.sets().iter().map(|set| place(set.id())).collect();
+        // Lets the tests of races meet in any gap that is left between two lockings.
+        #[cfg(test)]
+        std::thread::yield_now();
         places.sort_unstable();
         places.dedup();
         let guards = places.into_iter().filter_map(|at| self.shards.get(at).map(|shard| (at, shard.lock())));
@@ -182,10 +185,12 @@ impl Locked<'_> {
     }
 
     /// The state of a scope for one more lease, made if there is none yet.
-    pub(super) fn open(&mut self, id: &ScopeId) -> Option<&mut ScopeState> {
+    pub(super) fn open(&mut self, set: &RuleSet) -> Option<&mut ScopeState> {
+        let id = set.id();
         let shard = self.shard_mut(id)?;
         if !shard.contains_key(id) {
-            shard.insert(id.clone(), ScopeState::default());
+            let counters = Vec::with_capacity(set.rules().len());
+            shard.insert(id.clone(), ScopeState { counters, ..ScopeState::default() });
         }
         let scope = shard.get_mut(id)?;
         scope.open = scope.open.saturating_add(1);

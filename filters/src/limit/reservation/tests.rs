@@ -205,3 +205,9 @@ fn without_rules_everything_is_admitted_and_still_counted_as_open() {
     reservation.settle(&usage(5, 5));
     assert_eq!(ledger.inflight(), 0);
 }
+
+#[test]
+fn a_reservation_stays_small_enough_to_lie_in_the_state_of_a_request() {
+    assert!(size_of::<Reservation>() <= 416, "{}", size_of::<Reservation>());
+    assert!(size_of::<Decision>() <= 480, "{}", size_of::<Decision>());
+}
