@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+mod address;
 mod auth;
 mod check;
 mod de;
+mod include;
 mod keys;
 mod load;
 mod models;
@@ -22,10 +24,13 @@ mod tree;
 mod upstreams;
 mod words;
 
+pub(crate) use address::*;
 pub(crate) use auth::*;
 pub(crate) use keys::*;
+#[allow(unused_imports, reason = "the names are the way in for everybody else")]
 pub(crate) use load::{Loaded, default_path, load, load_text};
 pub(crate) use models::*;
+#[allow(unused_imports, reason = "the names are the way in for everybody else")]
 pub(crate) use problem::{Problem, Problems, Severity};
 pub(crate) use routes::*;
 pub(crate) use server::*;

@@ -6,7 +6,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 use tollgate_filters::config::{Period, SecretSource};
 
-use super::words::{HostPort, NodeUrl, Toggle};
+use super::address::{HostPort, NodeUrl};
+use super::words::Toggle;
 
 /// A set of nodes that serve the same.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -33,7 +34,7 @@ pub(crate) struct Upstream {
     /// API keys of the provider, used in turn; 429 or 401 cools one down.
     pub credentials: Vec<SecretSource>,
     /// Rest of a credential after 429 or 401, at least; a longer Retry-After wins. Default 60s.
-    #[schemars(with = "Option<Period>")]
+    #[schemars(with = "Period")]
     pub cooldown: Cooldown,
     /// What the provider grants us.
     pub budget: Option<Budget>,
