@@ -1,6 +1,6 @@
 //! The configuration: the document as written, read from YAML and checked, every error with its place.
 //!
-//! [`load`] is the way in. What the gateway makes of a document (routers, pools, balancers) is the runtime's business.
+//! [`load()`] is the way in. What the gateway makes of a document (routers, pools, balancers) is the runtime's business.
 
 use std::collections::BTreeMap;
 
