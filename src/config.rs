@@ -1,15 +1,17 @@
 //! The configuration: the document as written, read from YAML and checked, every error with its place.
 //!
-//! [`load`] is the way in. What the gateway makes of a document (routers, pools, balancers) is the runtime's business.
+//! [`load()`] is the way in. What the gateway makes of a document (routers, pools, balancers) is the runtime's business.
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+mod address;
 mod auth;
 mod check;
 mod de;
+mod include;
 mod keys;
 mod load;
 mod models;
@@ -22,10 +24,13 @@ mod tree;
 mod upstreams;
 mod words;
 
+pub(crate) use address::*;
 pub(crate) use auth::*;
 pub(crate) use keys::*;
+#[allow(unused_imports, reason = "the names are the way in for everybody else")]
 pub(crate) use load::{Loaded, default_path, load, load_text};
 pub(crate) use models::*;
+#[allow(unused_imports, reason = "the names are the way in for everybody else")]
 pub(crate) use problem::{Problem, Problems, Severity};
 pub(crate) use routes::*;
 pub(crate) use server::*;

@@ -10,15 +10,13 @@ use tollgate_filters::config::World;
 use super::Document;
 use super::check;
 use super::de::{Culprit, Fault};
+use super::include::{Files, Misfit};
 use super::place::Places;
 use super::problem::{Problem, Problems, Severity};
-use super::tree::{self, Entry, Place, Source, Tree, Value};
+use super::tree::{self, Place, Source, Tree, Value};
 
 /// More problems than this are not listed; the first ones matter.
 const MOST: usize = 100;
-
-/// Sections that an included file may hold.
-const INCLUDABLE: &[&str] = &["tiers", "keys", "upstreams", "models", "routes"];
 
 /// A configuration that may be used.
 #[derive(Debug, Clone)]
@@ -60,7 +58,8 @@ pub(crate) fn load_text(name: &str, text: &str, world: &dyn World) -> Result<Loa
     read(Path::new(name), Source::new(name.to_owned(), text.to_owned()), world)
 }
 
-fn unreadable(name: &str, error: &std::io::Error) -> Problem {
+/// A file that could not be read.
+pub(crate) fn unreadable(name: &str, error: &std::io::Error) -> Problem {
     let message = match error.kind() {
         std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
         std::io::ErrorKind::InvalidData => "it is not UTF-8 text".to_owned(),
@@ -71,51 +70,19 @@ fn unreadable(name: &str, error: &std::io::Error) -> Problem {
 
 fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems> {
     let mut problems = Vec::new();
-    let mut files = vec![path.to_owned()];
-    let mut folders = Vec::new();
     let Some(mut tree) = tree::read(&main, 0, &mut problems) else { return Err(sorted(problems, &[])) };
     if matches!(tree.value, Value::Null) {
         tree = Tree::empty(tree.place);
     }
-    let mut sources = vec![main];
-
-    for (pattern, place) in patterns(&tree) {
-        let base = path.parent().unwrap_or(Path::new(""));
-        let found = matching(base, &pattern);
-        folders.extend(found.folder);
-        let missing = found.files.is_empty() && !pattern.contains(['*', '?']);
-        if missing || found.wild_folder {
-            let places = Places::new(sources.clone(), tree.clone());
-            let message = if missing {
-                format!("{pattern}: there is no such file")
-            } else {
-                format!("{pattern}: `*` and `?` are for the file name only")
-            };
-            problems.push(places.show(Severity::Error, place, "include".to_owned(), message, None));
-        }
-        for file in found.files {
-            if files.contains(&file) {
-                continue;
-            }
-            let name = file.display().to_string();
-            match world.read(&name) {
-                Err(error) => problems.push(unreadable(&name, &error)),
-                Ok(text) => {
-                    sources.push(Source::new(name, text));
-                    let Some(source) = sources.last() else { continue };
-                    if let Some(part) = tree::read(source, sources.len() - 1, &mut problems) {
-                        let places = Places::new(sources.clone(), part.clone());
-                        merge(&mut tree, part, &places, &mut problems);
-                    }
-                }
-            }
-            files.push(file);
-        }
-    }
+    let mut files = Files::new(path, main);
+    files.include(&mut tree, world, &mut problems);
 
     tree.label("");
     let whole = Names::of(&tree);
-    let mut places = Places::new(sources, tree);
+    let mut places = Places::new(files.sources, tree);
+    for Misfit { place, path, message, hint } in files.misfits {
+        problems.push(places.show(Severity::Error, place, path, message, hint));
+    }
     let document = understand(&mut places, &mut problems);
     if let Some(document) = &document {
         check::check(document, &whole, &places, world, &mut problems);
@@ -124,7 +91,7 @@ fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems
     let hash = hash(&places.sources);
     match document {
         Some(document) if problems.iter().all(|problem| problem.severity == Severity::Warning) => {
-            Ok(Loaded { document, warnings: problems, files, folders, hash })
+            Ok(Loaded { document, warnings: problems, files: files.paths, folders: files.folders, hash })
         }
         Some(_) | None => Err(Problems(problems)),
     }
@@ -181,114 +148,6 @@ impl Names {
             tiers: keys("tiers"),
             models: keys("models"),
             routes: routes.iter().filter_map(name).collect(),
-        }
-    }
-}
-
-fn patterns(tree: &Tree) -> Vec<(String, Place)> {
-    let items = tree.entry("include").map(|entry| entry.tree.items()).unwrap_or_default();
-    let text = |item: &Tree| match &item.value {
-        Value::Text(pattern) => Some((pattern.clone(), item.place)),
-        _ => None,
-    };
-    items.iter().filter_map(text).collect()
-}
-
-#[derive(Default)]
-struct Found {
-    files: Vec<PathBuf>,
-    folder: Option<PathBuf>,
-    wild_folder: bool,
-}
-
-/// Files that a pattern names, in the order of their names.
-fn matching(base: &Path, pattern: &str) -> Found {
-    let path = base.join(pattern);
-    let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-    if folder.strip_prefix(base).unwrap_or(&folder).to_string_lossy().contains(['*', '?']) {
-        return Found { wild_folder: true, ..Found::default() };
-    }
-    if !pattern.contains(['*', '?']) {
-        let files = if path.is_file() { vec![path] } else { Vec::new() };
-        return Found { files, ..Found::default() };
-    }
-    let wanted: Vec<char> = path.file_name().unwrap_or_default().to_string_lossy().chars().collect();
-    let listed = if folder.as_os_str().is_empty() { Path::new(".") } else { &folder };
-    let names = std::fs::read_dir(listed).into_iter().flatten().flatten().map(|entry| entry.file_name());
-    let fits = |name: &std::ffi::OsString| {
-        let name: Vec<char> = name.to_string_lossy().chars().collect();
-        // Editors' copies are hidden files; they are meant by no pattern that does not say so.
-        (name.first() != Some(&'.') || wanted.first() == Some(&'.')) && wild(&wanted, &name)
-    };
-    let mut files: Vec<PathBuf> =
-        names.filter(fits).map(|name| folder.join(name)).filter(|path| path.is_file()).collect();
-    files.sort();
-    Found { files, folder: Some(folder), wild_folder: false }
-}
-
-/// Whether `name` fits `pattern` with `*` for any characters and `?` for one.
-fn wild(pattern: &[char], name: &[char]) -> bool {
-    match (pattern.split_first(), name.split_first()) {
-        (None, None) => true,
-        (Some(('*', rest)), None) => wild(rest, name),
-        (Some(('*', rest)), Some((_, tail))) => wild(rest, name) || wild(pattern, tail),
-        (Some(('?', rest)), Some((_, tail))) => wild(rest, tail),
-        (Some((c, rest)), Some((d, tail))) => c == d && wild(rest, tail),
-        (None, Some(_)) | (Some(_), None) => false,
-    }
-}
-
-/// Adds an included file to the tree.
-fn merge(tree: &mut Tree, part: Tree, places: &Places, problems: &mut Vec<Problem>) {
-    let Value::Map(sections) = &mut tree.value else { return };
-    let part_place = part.place;
-    let Value::Map(parts) = part.value else {
-        let message = "an included file holds sections, like `routes:`".to_owned();
-        problems.push(places.show(Severity::Error, part_place, String::new(), message, None));
-        return;
-    };
-    for entry in parts {
-        if !INCLUDABLE.contains(&entry.key.as_str()) {
-            let message = format!("`{}` cannot stand in an included file", entry.key);
-            let hint = format!("an included file may hold {}", INCLUDABLE.join(", "));
-            problems.push(places.show(Severity::Error, entry.place, entry.key.clone(), message, Some(hint)));
-            continue;
-        }
-        let known = sections.iter_mut().find(|section| section.key == entry.key);
-        let Some(section) = known else {
-            sections.push(entry);
-            continue;
-        };
-        match (&mut section.tree.value, entry.tree.value) {
-            (Value::List(items), Value::List(more)) => items.extend(more),
-            (Value::Map(entries), Value::Map(more)) => merge_entries(entries, more, &entry.key, places, problems),
-            (_, Value::Null) => {}
-            (mine @ Value::Null, more) => *mine = more,
-            (Value::List(_) | Value::Map(_), _) => {
-                let message = format!("`{}` is written in another form than in the main file", entry.key);
-                problems.push(places.show(Severity::Error, entry.place, entry.key, message, None));
-            }
-            // The main file's own section is of the wrong kind: the document's reading says so.
-            (_, _) => {}
-        }
-    }
-}
-
-fn merge_entries(
-    entries: &mut Vec<Entry>,
-    more: Vec<Entry>,
-    section: &str,
-    places: &Places,
-    problems: &mut Vec<Problem>,
-) {
-    for entry in more {
-        if let Some(first) = entries.iter().find(|first| first.key == entry.key) {
-            let message = format!("`{}` is defined twice in `{section}`", entry.key);
-            let hint = format!("it is already defined at {}", places.line_of(first.place, entry.place.file));
-            let path = format!("{section}.{}", entry.key);
-            problems.push(places.show(Severity::Error, entry.place, path, message, Some(hint)));
-        } else {
-            entries.push(entry);
         }
     }
 }

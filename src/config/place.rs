@@ -130,15 +130,7 @@ impl Places {
     /// The place of `at` for a hint: the line, and the file where it is not that of `near`.
     pub(crate) fn whereabouts(&self, at: &At, near: &At) -> String {
         let (place, _) = self.find(at);
-        self.line_of(place, self.find(near).0.file)
-    }
-
-    /// A place in words, seen from the file `near`.
-    pub(crate) fn line_of(&self, place: Place, near: usize) -> String {
-        match self.sources.get(place.file) {
-            Some(source) if place.file != near => format!("line {} of {}", place.line, source.name),
-            Some(_) | None => format!("line {}", place.line),
-        }
+        line_of(&self.sources, place, self.find(near).0.file)
     }
 
     /// Whether a secret stands at this place.
@@ -198,6 +190,14 @@ fn masks(sources: &[Source], secrets: &HashSet<Place>) -> HashMap<(usize, u32), 
         }
     }
     masks
+}
+
+/// A place in words, seen from the file `near`.
+pub(crate) fn line_of(sources: &[Source], place: Place, near: usize) -> String {
+    match sources.get(place.file) {
+        Some(source) if place.file != near => format!("line {} of {}", place.line, source.name),
+        Some(_) | None => format!("line {}", place.line),
+    }
 }
 
 fn extended(path: &str, step: &Step) -> String {

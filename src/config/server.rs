@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tollgate_filters::config::{Period, SecretSource, Size};
 
-use super::words::{AccessLog, Bind, Cidr, Threads};
+use super::address::{Bind, Cidr};
+use super::words::{AccessLog, Threads};
 
 /// Listeners, admin port and limits of the process.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]

@@ -7,7 +7,8 @@ use serde::{Deserialize, Deserializer, de};
 use tollgate_filters::config::{Period, SecretSource};
 use tollgate_filters::dialect::Dialect;
 
-use super::words::{HostPort, NodeUrl, Toggle};
+use super::address::{HostPort, NodeUrl};
+use super::words::Toggle;
 
 /// A set of nodes that serve the same.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -34,7 +35,7 @@ pub(crate) struct Upstream {
     /// API keys of the provider, used in turn; 429 or 401 cools one down.
     pub credentials: Vec<SecretSource>,
     /// Rest of a credential after 429 or 401, at least; a longer Retry-After wins. Default 60s.
-    #[schemars(with = "Option<Period>")]
+    #[schemars(with = "Period")]
     pub cooldown: Cooldown,
     /// What the provider grants us.
     pub budget: Option<Budget>,

@@ -188,7 +188,7 @@ impl Check<'_> {
         let earlier = self.document.routes.get(..index).unwrap_or_default();
         // What a match lacks because it was refused would make it wider than it is.
         let whole = |index: usize| !self.places.lost(&At::root().key("routes").item(index).key("match"));
-        if !(0..=index).all(whole) {
+        if !self.places.broken.is_empty() && !(0..=index).all(whole) {
             return;
         }
         let Some(others) = shadowed_by(route, earlier) else { return };
