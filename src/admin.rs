@@ -60,7 +60,11 @@ pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, access: Access)
 }
 
 fn error(status: StatusCode, code: &str, message: &str) -> Response {
-    (status, Json(json!({ "error": { "message": message, "type": "invalid_request_error", "param": null, "code": code } }))).into_response()
+    (
+        status,
+        Json(json!({ "error": { "message": message, "type": "invalid_request_error", "param": null, "code": code } })),
+    )
+        .into_response()
 }
 
 /// Compares hashes, so that the time taken tells nothing of the token.
@@ -71,9 +75,11 @@ fn token_fits(expected: &Secret, headers: &HeaderMap) -> bool {
 
 async fn ask_token(State(admin): State<Admin>, request: Request, next: Next) -> Response {
     match &admin.access.token {
-        Some(token) if !token_fits(token, request.headers()) => {
-            error(StatusCode::UNAUTHORIZED, "invalid_token", "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`")
-        }
+        Some(token) if !token_fits(token, request.headers()) => error(
+            StatusCode::UNAUTHORIZED,
+            "invalid_token",
+            "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
+        ),
         _ => next.run(request).await,
     }
 }
@@ -82,7 +88,11 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     if let Some(token) = admin.access.token.as_ref().filter(|_| !admin.access.open_metrics)
         && !token_fits(token, &headers)
     {
-        return error(StatusCode::UNAUTHORIZED, "invalid_token", "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`");
+        return error(
+            StatusCode::UNAUTHORIZED,
+            "invalid_token",
+            "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
+        );
     }
     let gateway = &admin.gateway;
     gateway.metrics.set_reservations(gateway.ledger.inflight());
@@ -104,7 +114,11 @@ fn is_up(_: &Upstream, node: &tollgate_filters::upstream::Node) -> bool {
 }
 
 async fn ready(State(admin): State<Admin>) -> Response {
-    if admin.gateway.is_draining() { (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response() } else { "ok".into_response() }
+    if admin.gateway.is_draining() {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining").into_response()
+    } else {
+        "ok".into_response()
+    }
 }
 
 async fn console() -> Response {

@@ -134,7 +134,12 @@ pub async fn serve(listening: Vec<Listening>, app: Arc<HttpProxy<Proxy>>, shutdo
     while loops.join_next().await.is_some() {}
 }
 
-async fn accept_loop(listening: Listening, app: Arc<HttpProxy<Proxy>>, mut shutdown: ShutdownWatch, census: Arc<Census>) {
+async fn accept_loop(
+    listening: Listening,
+    app: Arc<HttpProxy<Proxy>>,
+    mut shutdown: ShutdownWatch,
+    census: Arc<Census>,
+) {
     let Listening { listener, tls, caps } = listening;
     loop {
         let accepted = tokio::select! {

@@ -129,11 +129,21 @@ impl ProxyHttp for Proxy {
         pass::request_body(known(ctx)?, body.as_ref())
     }
 
-    async fn upstream_request_filter(&self, session: &mut Session, head: &mut RequestHeader, ctx: &mut Self::CTX) -> pingora_core::Result<()> {
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        head: &mut RequestHeader,
+        ctx: &mut Self::CTX,
+    ) -> pingora_core::Result<()> {
         pass::upstream_request(session.as_downstream(), head, known(ctx)?)
     }
 
-    async fn response_filter(&self, _: &mut Session, head: &mut ResponseHeader, ctx: &mut Self::CTX) -> pingora_core::Result<()> {
+    async fn response_filter(
+        &self,
+        _: &mut Session,
+        head: &mut ResponseHeader,
+        ctx: &mut Self::CTX,
+    ) -> pingora_core::Result<()> {
         pass::response(head, known(ctx)?)
     }
 
@@ -155,7 +165,14 @@ impl ProxyHttp for Proxy {
         }
     }
 
-    fn error_while_proxy(&self, _: &HttpPeer, session: &mut Session, error: Box<Error>, _: &mut Self::CTX, reused: bool) -> Box<Error> {
+    fn error_while_proxy(
+        &self,
+        _: &HttpPeer,
+        session: &mut Session,
+        error: Box<Error>,
+        _: &mut Self::CTX,
+        reused: bool,
+    ) -> Box<Error> {
         pass::failed(session, error, reused)
     }
 

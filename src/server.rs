@@ -24,12 +24,12 @@ use tollgate_filters::limit::Ledger;
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
+use crate::admin;
 use crate::config::{self, Document, Loaded, Threads};
 use crate::gateway::{ByteBudget, Gateway};
 use crate::listen::{self, Caps, Listening};
 use crate::proxy::Proxy;
 use crate::runtime::{self, Checked, Lasting, resolve};
-use crate::admin;
 
 /// Pingora logs every client that leaves as an error; the access log has that.
 const DEFAULT_LOG: &str = "info,pingora_core=off,pingora_proxy=off,pingora_pool=off";
@@ -100,8 +100,10 @@ impl Server {
         let listening = listeners(document)?;
         let data = listening.iter().map(|l| l.listener.local_addr()).collect::<io::Result<_>>()?;
         let admin = listen::bind(document.server.admin.bind.0)?;
-        let token = document.server.admin.token.as_ref().map(|t| t.resolve(world)).transpose().map_err(io::Error::other)?;
-        let access = admin::Access { token, open_metrics: document.server.admin.metrics == config::MetricsAccess::Open };
+        let token =
+            document.server.admin.token.as_ref().map(|t| t.resolve(world)).transpose().map_err(io::Error::other)?;
+        let access =
+            admin::Access { token, open_metrics: document.server.admin.metrics == config::MetricsAccess::Open };
         Ok(Self {
             app: Arc::new(proxy(&gateway)),
             gateway,
@@ -195,7 +197,8 @@ fn sink(written: &config::AccessLog) -> AccessSink {
 }
 
 fn server_conf(document: Option<&Document>) -> ServerConf {
-    let pool = document.map_or(128, |d| d.upstreams.values().map(|u| u.pool.size * u.nodes.len().max(1)).sum::<usize>().max(128));
+    let pool = document
+        .map_or(128, |d| d.upstreams.values().map(|u| u.pool.size * u.nodes.len().max(1)).sum::<usize>().max(128));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     ServerConf { upstream_keepalive_pool_size: pool, threads, max_retries: 3, ..ServerConf::default() }
 }
@@ -203,8 +206,9 @@ fn server_conf(document: Option<&Document>) -> ServerConf {
 fn connector(document: &Document) -> io::Result<Connector> {
     let options = ConnectorOptions::from_server_conf(&server_conf(Some(document)));
     // Pingora panics where the machine has no certificate store; that is a mistake to be told.
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| Connector::new(Some(options))))
-        .map_err(|_| io::Error::other("the system's CA certificates cannot be loaded (Debian: package ca-certificates)"))
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| Connector::new(Some(options)))).map_err(|_| {
+        io::Error::other("the system's CA certificates cannot be loaded (Debian: package ca-certificates)")
+    })
 }
 
 fn proxy(gateway: &Arc<Gateway>) -> HttpProxy<Proxy> {

@@ -31,7 +31,8 @@ pub enum Source {
 }
 
 /// Headers in which clients send keys; none of them is ever passed to an LLM upstream.
-pub const KEY_HEADERS: [HeaderName; 3] = [AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
+pub const KEY_HEADERS: [HeaderName; 3] =
+    [AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 /// Query parameters in which clients try to send keys.
 const KEY_PARAMETERS: [&str; 4] = ["api_key", "api-key", "apikey", "key"];
@@ -153,7 +154,11 @@ fn bearer(value: &[u8]) -> Result<&[u8]> {
 }
 
 fn parameter<'a>(query: &'a str, names: &[&str]) -> Option<&'a str> {
-    query.split('&').filter_map(|pair| pair.split_once('=')).find(|(name, value)| names.contains(name) && !value.is_empty()).map(|(_, value)| value)
+    query
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .find(|(name, value)| names.contains(name) && !value.is_empty())
+        .map(|(_, value)| value)
 }
 
 /// Settings of the filter; there are none yet.
@@ -190,7 +195,16 @@ mod tests {
     use super::*;
 
     fn keys() -> Keys {
-        let caller = |id: &str, expires| Arc::new(Caller { id: id.into(), tier: None, models: None, routes: None, expires, rules: Arc::new(RuleSet::new(crate::limit::Scope::Key, id, &crate::limit::Limits::default())) });
+        let caller = |id: &str, expires| {
+            Arc::new(Caller {
+                id: id.into(),
+                tier: None,
+                models: None,
+                routes: None,
+                expires,
+                rules: Arc::new(RuleSet::new(crate::limit::Scope::Key, id, &crate::limit::Limits::default())),
+            })
+        };
         let long = "k".repeat(20);
         Keys::new(
             [
@@ -216,7 +230,12 @@ mod tests {
 
     #[test]
     fn a_key_is_found_in_each_of_its_places() {
-        for pairs in [[("authorization", "Bearer alice-key")], [("authorization", "bearer alice-key")], [("x-api-key", "alice-key")], [("api-key", "alice-key")]] {
+        for pairs in [
+            [("authorization", "Bearer alice-key")],
+            [("authorization", "bearer alice-key")],
+            [("x-api-key", "alice-key")],
+            [("api-key", "alice-key")],
+        ] {
             assert_eq!(who(&pairs, ""), Ok("alice".into()));
         }
     }
@@ -241,7 +260,11 @@ mod tests {
     #[test]
     fn a_key_in_the_query_is_refused_unless_asked_for() {
         assert_eq!(who(&[], "api_key=alice-key"), Err("key_in_query"));
-        assert_eq!(who(&[("x-api-key", "alice-key")], "key=f5"), Ok("alice".into()), "a real key wins over a stray parameter");
+        assert_eq!(
+            who(&[("x-api-key", "alice-key")], "key=f5"),
+            Ok("alice".into()),
+            "a real key wins over a stray parameter"
+        );
         let asked = Keys { by_hash: keys().by_hash, sources: vec![Source::Query] };
         assert_eq!(&*asked.identify(&HeaderMap::new(), "x=1&api_key=alice-key", 0).unwrap().id, "alice");
     }

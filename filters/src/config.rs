@@ -194,7 +194,8 @@ impl FromStr for Period {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("{text:?} is not a period; write a whole number and a unit, like 500ms, 10s, 5m, 1h or 2d");
+        let bad =
+            || format!("{text:?} is not a period; write a whole number and a unit, like 500ms, 10s, 5m, 1h or 2d");
         let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
         let (number, unit) = text.split_at(digits);
         let number: u64 = number.parse().map_err(|_| bad())?;
@@ -237,7 +238,8 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("{text:?} is not a size; write a whole number and a unit, like 512B, 64KiB, 32MiB or 1GiB");
+        let bad =
+            || format!("{text:?} is not a size; write a whole number and a unit, like 512B, 64KiB, 32MiB or 1GiB");
         let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let number: u64 = number.parse().map_err(|_| bad())?;

@@ -318,7 +318,11 @@ impl Filter for CorsPolicy {
         }
         let origin = exchange.arrival.origin.as_ref().map(HeaderValue::as_bytes);
         for (name, value) in CorsPolicy::response(self, origin) {
-            let written = if name == VARY { head.append_header(name, value).map(|_| ()) } else { head.insert_header(name, value) };
+            let written = if name == VARY {
+                head.append_header(name, value).map(|_| ())
+            } else {
+                head.insert_header(name, value)
+            };
             written.map_err(|_| GatewayError::Internal)?;
         }
         Ok(())

@@ -23,23 +23,23 @@ pub mod config;
 pub mod error;
 pub mod usage;
 // Domain
-pub mod dialect;
-pub mod meter;
-pub mod call;
-pub mod trace;
-pub mod route;
-pub mod balance;
-pub mod upstream;
-pub mod metrics;
-pub mod retry;
 pub mod access;
-pub mod limit;
-pub mod model;
+pub mod balance;
+pub mod call;
+pub mod dialect;
 pub mod exchange;
+pub mod limit;
+pub mod meter;
+pub mod metrics;
+pub mod model;
+pub mod retry;
+pub mod route;
+pub mod trace;
+pub mod upstream;
 // Filters
-pub mod filter;
 pub mod auth;
 pub mod cors;
+pub mod filter;
 pub mod guard;
 // The chain
 pub mod chain;

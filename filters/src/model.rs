@@ -70,7 +70,8 @@ impl Price {
     /// What a call cost, in `currency`.
     pub fn cost(&self, usage: &Usage) -> f64 {
         let fresh = usage.input.saturating_sub(usage.cached_input) as f64;
-        let sum = fresh * self.input + usage.cached_input as f64 * self.cached_input + usage.output as f64 * self.output;
+        let sum =
+            fresh * self.input + usage.cached_input as f64 * self.cached_input + usage.output as f64 * self.output;
         sum / self.per
     }
 }

@@ -123,7 +123,9 @@ impl Failure {
             Class::Connect => GatewayError::UpstreamUnreachable,
             Class::Timeout | Class::FirstToken => GatewayError::UpstreamTimeout,
             Class::RateLimited => GatewayError::UpstreamRateLimited { retry_after: self.retry_after },
-            Class::ServerError | Class::Auth | Class::ContextLength | Class::ContentFilter => GatewayError::UpstreamError,
+            Class::ServerError | Class::Auth | Class::ContextLength | Class::ContentFilter => {
+                GatewayError::UpstreamError
+            }
         }
     }
 }
@@ -141,7 +143,9 @@ pub const fn class_of_status(status: u16, ours: bool) -> Option<Class> {
 
 /// Pause before attempt number `attempt` (the second is 1): exponential, with full jitter if asked for, at most 5 s.
 pub fn backoff(base: Duration, attempt: u32, jitter: bool, random: f64) -> Duration {
-    let most = base.saturating_mul(1u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX)).min(Duration::from_secs(5));
+    let most = base
+        .saturating_mul(1u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX))
+        .min(Duration::from_secs(5));
     if jitter { most.mul_f64(random.clamp(0.0, 1.0)) } else { most }
 }
 

@@ -158,7 +158,9 @@ impl Matcher {
         if !self.hosts.is_empty() && !self.hosts.iter().any(|h| host_covers(h, head.host)) {
             return Err(Mismatch::Host);
         }
-        let header_is = |name: &HeaderName, value: &str| head.headers.get_all(name).iter().any(|v| v.as_bytes() == value.as_bytes());
+        let header_is = |name: &HeaderName, value: &str| {
+            head.headers.get_all(name).iter().any(|v| v.as_bytes() == value.as_bytes())
+        };
         if !self.headers.iter().all(|(name, value)| header_is(name, value)) {
             return Err(Mismatch::Header);
         }
@@ -228,7 +230,11 @@ impl<T> Router<T> {
                 Err(Mismatch::Path | Mismatch::Host | Mismatch::Header | Mismatch::Query) => {}
             }
         }
-        if allow.is_empty() { Err(GatewayError::NotFound) } else { Err(GatewayError::MethodNotAllowed { allow: allow.join(", ") }) }
+        if allow.is_empty() {
+            Err(GatewayError::NotFound)
+        } else {
+            Err(GatewayError::MethodNotAllowed { allow: allow.join(", ") })
+        }
     }
 
     /// Whether some route names this very path, so that it wins over a built-in answer.
@@ -252,7 +258,23 @@ mod tests {
 
     #[test]
     fn paths_that_servers_read_differently_are_refused() {
-        for path in ["/v1//x", "//v1", "/v1/./x", "/v1/../x", "/v1/%2e%2e/admin", "/v1/%2E/x", "/a%2Fb", "/a%5cb", "/a%00", "/a;b=c", "/a\\b", "a", "/%", "/%4", "/%zz"] {
+        for path in [
+            "/v1//x",
+            "//v1",
+            "/v1/./x",
+            "/v1/../x",
+            "/v1/%2e%2e/admin",
+            "/v1/%2E/x",
+            "/a%2Fb",
+            "/a%5cb",
+            "/a%00",
+            "/a;b=c",
+            "/a\\b",
+            "a",
+            "/%",
+            "/%4",
+            "/%zz",
+        ] {
             assert_eq!(code(path), Some("invalid_path"), "{path}");
         }
     }
@@ -276,7 +298,13 @@ mod tests {
     fn a_star_stands_for_one_segment() {
         let rule = PathRule::path("/v1/workflows/*/run");
         assert!(rule.covers("/v1/workflows/42/run"));
-        for path in ["/v1/workflows/run", "/v1/workflows//run", "/v1/workflows/4/2/run", "/v1/workflows/42/run/x", "/v1/workflows/42"] {
+        for path in [
+            "/v1/workflows/run",
+            "/v1/workflows//run",
+            "/v1/workflows/4/2/run",
+            "/v1/workflows/42/run/x",
+            "/v1/workflows/42",
+        ] {
             assert!(!rule.covers(path), "{path}");
         }
     }

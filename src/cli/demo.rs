@@ -35,7 +35,11 @@ pub(crate) fn run(args: &DemoArgs) -> io::Result<ExitCode> {
     runtime.block_on(async {
         let nodes = [node("a").await?, node("b").await?];
         let app = DifyApp::start(DifyConfig { keys: vec!["app-demo".to_owned()], ..DifyConfig::default() }).await?;
-        let places = [("127.0.0.1:18001", nodes[0].addr()), ("127.0.0.1:18002", nodes[1].addr()), ("127.0.0.1:18003", app.addr())];
+        let places = [
+            ("127.0.0.1:18001", nodes[0].addr()),
+            ("127.0.0.1:18002", nodes[1].addr()),
+            ("127.0.0.1:18003", app.addr()),
+        ];
         let text = configuration(args, &places);
         let loaded = match config::load_text("demo.yaml (built in)", &text, &Process) {
             Ok(loaded) => loaded,
@@ -110,7 +114,8 @@ mod tests {
     fn the_built_in_configuration_is_valid_with_every_port_put_in() {
         let args = DemoArgs { port: 0, admin_port: 0 };
         let at = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
-        let text = configuration(&args, &[("127.0.0.1:18001", at(1)), ("127.0.0.1:18002", at(2)), ("127.0.0.1:18003", at(3))]);
+        let text =
+            configuration(&args, &[("127.0.0.1:18001", at(1)), ("127.0.0.1:18002", at(2)), ("127.0.0.1:18003", at(3))]);
         assert!(!text.contains("1800"), "a placeholder is left");
         config::load_text("demo.yaml", &text, &Process).unwrap();
     }

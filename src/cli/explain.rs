@@ -51,7 +51,12 @@ pub(crate) struct ExplainArgs {
 ///
 /// # Errors
 /// When the result cannot be written.
-pub(crate) fn run(args: &ExplainArgs, world: &dyn World, out: &mut dyn Write, err: &mut dyn Write) -> io::Result<ExitCode> {
+pub(crate) fn run(
+    args: &ExplainArgs,
+    world: &dyn World,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<ExitCode> {
     let loaded = match check::load(args.config.as_ref(), world) {
         Ok(loaded) => loaded,
         Err(problems) => {
@@ -81,11 +86,16 @@ pub(crate) fn run(args: &ExplainArgs, world: &dyn World, out: &mut dyn Write, er
 fn explain(args: &ExplainArgs, runtime: &Runtime) -> Result<Value, String> {
     let (path, query) = args.path.split_once('?').unwrap_or((&args.path, ""));
     let path = canonical_path(path).map_err(|e| e.to_string())?;
-    let method = Method::from_bytes(args.method.to_ascii_uppercase().as_bytes()).map_err(|_| "the method is malformed")?;
+    let method =
+        Method::from_bytes(args.method.to_ascii_uppercase().as_bytes()).map_err(|_| "the method is malformed")?;
     let headers = headers(args)?;
     let host = args.host.to_ascii_lowercase();
     let head = Head { method: &method, path: &path, query, host: &host, headers: &headers };
-    let caller = args.key.as_ref().map(|_| runtime.keys.identify(&headers, query, now()).map_err(|e| e.to_string())).transpose()?;
+    let caller = args
+        .key
+        .as_ref()
+        .map(|_| runtime.keys.identify(&headers, query, now()).map_err(|e| e.to_string()))
+        .transpose()?;
     let mut passed_over = Vec::new();
     for (matcher, route) in runtime.router.iter() {
         match matcher.check(&head) {
@@ -103,7 +113,8 @@ fn now() -> u64 {
 fn headers(args: &ExplainArgs) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for pair in &args.header {
-        let (name, value) = pair.split_once(':').ok_or_else(|| format!("{pair:?} is not a header; write NAME:VALUE"))?;
+        let (name, value) =
+            pair.split_once(':').ok_or_else(|| format!("{pair:?} is not a header; write NAME:VALUE"))?;
         let name: HeaderName = name.trim().parse().map_err(|_| format!("{name:?} is not a header name"))?;
         headers.append(name, value.trim().parse().map_err(|_| "a header value has characters that are not allowed")?);
     }
@@ -124,7 +135,13 @@ const fn word(why: Mismatch) -> &'static str {
     }
 }
 
-fn of_route(args: &ExplainArgs, runtime: &Runtime, route: &Route, caller: Option<&Caller>, passed_over: &[Value]) -> Value {
+fn of_route(
+    args: &ExplainArgs,
+    runtime: &Runtime,
+    route: &Route,
+    caller: Option<&Caller>,
+    passed_over: &[Value],
+) -> Value {
     let asked = args.model.as_deref().and_then(|name| runtime.models.get(name)).map(|m| &**m);
     let (lane, model) = match &route.lane {
         Lane::Own => ("own", None),
@@ -133,7 +150,9 @@ fn of_route(args: &ExplainArgs, runtime: &Runtime, route: &Route, caller: Option
         Lane::Call(Callee::Models(allowed)) => ("call", asked.filter(|m| allowed.allows(&m.name))),
     };
     let nodes = match &route.lane {
-        Lane::Pass(pass) => pass.upstream.nodes.iter().map(|n| json!({ "upstream": &*pass.upstream.name, "node": &*n.name })).collect(),
+        Lane::Pass(pass) => {
+            pass.upstream.nodes.iter().map(|n| json!({ "upstream": &*pass.upstream.name, "node": &*n.name })).collect()
+        }
         Lane::Own | Lane::Call(_) => model.map(candidates).unwrap_or_default(),
     };
     let mut plan = Plan::new();
@@ -186,13 +205,33 @@ fn print(found: &Value, out: &mut dyn Write) -> io::Result<()> {
     }
     writeln!(out, "{:<12} {}", "filters", list(&found["filters"]).iter().map(plain).collect::<Vec<_>>().join(", "))?;
     if let Some(id) = found["key"]["id"].as_str() {
-        writeln!(out, "{:<12} {id}, tier {}, may use the route: {}", "key", plain(&found["key"]["tier"]), plain(&found["key"]["may_use_route"]))?;
+        writeln!(
+            out,
+            "{:<12} {id}, tier {}, may use the route: {}",
+            "key",
+            plain(&found["key"]["tier"]),
+            plain(&found["key"]["may_use_route"])
+        )?;
     }
     for one in list(&found["limits"]) {
-        writeln!(out, "{:<12} {} {} {}", "limit", plain(&one["scope"]), plain(&one["dimension"]), plain(&one["limit"]))?;
+        writeln!(
+            out,
+            "{:<12} {} {} {}",
+            "limit",
+            plain(&one["scope"]),
+            plain(&one["dimension"]),
+            plain(&one["limit"])
+        )?;
     }
     for one in list(&found["candidates"]) {
-        writeln!(out, "{:<12} {} {} {}", "candidate", plain(&one["upstream"]), plain(&one["node"]), plain(&one["model"]))?;
+        writeln!(
+            out,
+            "{:<12} {} {} {}",
+            "candidate",
+            plain(&one["upstream"]),
+            plain(&one["node"]),
+            plain(&one["model"])
+        )?;
     }
     Ok(())
 }

@@ -18,11 +18,7 @@ pub(crate) struct Auth {
 
 impl Default for Auth {
     fn default() -> Self {
-        Self {
-            sources: vec![Source::Bearer, Source::XApiKey, Source::ApiKey],
-            redis_keys: false,
-            jwt: Vec::new(),
-        }
+        Self { sources: vec![Source::Bearer, Source::XApiKey, Source::ApiKey], redis_keys: false, jwt: Vec::new() }
     }
 }
 

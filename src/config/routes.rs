@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
-use tollgate_filters::config::{Period, Size};
 use tollgate_filters::auth::AuthConfig;
+use tollgate_filters::config::{Period, Size};
 use tollgate_filters::cors::Cors;
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::guard::GuardConfig;
@@ -146,4 +146,3 @@ impl Default for CacheFilter {
         Self { ttl: Period::secs(3600) }
     }
 }
-

@@ -108,8 +108,14 @@ pub async fn run(
     let upstream = &*target.upstream;
     let body = request.body_for(ctx, target);
     let credential = upstream.next_credential();
-    let head = upstream::call_head(client.req_header(), &ctx.exchange, (upstream, node, credential), &request.forwarded, body.len())
-        .map_err(|e| failed(Class::ServerError, e.to_string()))?;
+    let head = upstream::call_head(
+        client.req_header(),
+        &ctx.exchange,
+        (upstream, node, credential),
+        &request.forwarded,
+        body.len(),
+    )
+    .map_err(|e| failed(Class::ServerError, e.to_string()))?;
     let dispatched = Instant::now();
     let timeouts = upstream.timeouts;
     let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
@@ -125,7 +131,12 @@ pub async fn run(
         let (mut up, reused) = match connected {
             Ok(Ok(pair)) => pair,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
-            Err(Cut::Deadline) => return Err(End::Failed(Failure { unprocessed: true, ..Failure::new(Class::Connect, "connect timeout") })),
+            Err(Cut::Deadline) => {
+                return Err(End::Failed(Failure {
+                    unprocessed: true,
+                    ..Failure::new(Class::Connect, "connect timeout")
+                }));
+            }
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         };
         match race(client, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone())).await {
@@ -137,7 +148,9 @@ pub async fn run(
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         }
     };
-    let Some(response) = up.response_header().cloned() else { return Err(failed(Class::ServerError, "no response header")) };
+    let Some(response) = up.response_header().cloned() else {
+        return Err(failed(Class::ServerError, "no response header"));
+    };
     if let Some(failure) = refusal(&response, !upstream.is_own()) {
         drain(ctx, up, &peer, upstream.pool.idle).await;
         return Err(End::Failed(failure));
@@ -145,8 +158,17 @@ pub async fn run(
     let stream = response.status.is_success() && is_event_stream(&response);
     let mut answer = Answer {
         meter: meter(ctx, upstream.dialect, stream),
-        up, peer, head: response, held: SmallVec::new(), ended: false, stream,
-        dispatched, last_token: dispatched, timeouts, idle: upstream.pool.idle, guard,
+        up,
+        peer,
+        head: response,
+        held: SmallVec::new(),
+        ended: false,
+        stream,
+        dispatched,
+        last_token: dispatched,
+        timeouts,
+        idle: upstream.pool.idle,
+        guard,
     };
     hold(client, &mut answer).await?;
     Ok(answer)
@@ -192,7 +214,9 @@ fn refusal(head: &ResponseHeader, with_credential: bool) -> Option<Failure> {
 /// `retry-after-ms`, else `retry-after` in seconds or as a date.
 fn retry_after(head: &ResponseHeader) -> Option<Duration> {
     let text = |name: &str| head.headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
-    if let Some(ms) = text("retry-after-ms").and_then(|v| v.parse::<f64>().ok()).filter(|ms| ms.is_finite() && *ms >= 0.0) {
+    if let Some(ms) =
+        text("retry-after-ms").and_then(|v| v.parse::<f64>().ok()).filter(|ms| ms.is_finite() && *ms >= 0.0)
+    {
         return Some(Duration::from_millis(ms.min(86_400_000.0) as u64));
     }
     let after = text("retry-after")?;
@@ -204,7 +228,9 @@ fn retry_after(head: &ResponseHeader) -> Option<Duration> {
 }
 
 fn is_event_stream(head: &ResponseHeader) -> bool {
-    head.headers.get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().get(..17).is_some_and(|t| t.eq_ignore_ascii_case(b"text/event-stream")))
+    head.headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|v| v.as_bytes().get(..17).is_some_and(|t| t.eq_ignore_ascii_case(b"text/event-stream")))
 }
 
 /// Reads what a refusal says, in bounds, so that its connection can be used again.
@@ -234,7 +260,9 @@ async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End
     loop {
         let chunk = match race(client, deadline, answer.up.read_response_body()).await {
             Ok(Ok(chunk)) => chunk,
-            Ok(Err(error)) => return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str()))),
+            Ok(Err(error)) => {
+                return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str())));
+            }
             Err(Cut::Deadline) if answer.stream => return Err(failed(Class::FirstToken, "no token in time")),
             Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no answer in time")),
             Err(Cut::ClientGone) => return Err(End::ClientGone),
@@ -255,7 +283,7 @@ async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End
             }
         }
         if answer.stream {
-            if seen.token {
+            if seen.token || seen.progress {
                 answer.last_token = Instant::now();
                 return Ok(());
             }
@@ -299,7 +327,10 @@ mod tests {
 
     #[test]
     fn milliseconds_win_over_seconds_and_dates_are_read() {
-        assert_eq!(retry_after(&head(429, &[("retry-after", "3"), ("retry-after-ms", "250")])), Some(Duration::from_millis(250)));
+        assert_eq!(
+            retry_after(&head(429, &[("retry-after", "3"), ("retry-after-ms", "250")])),
+            Some(Duration::from_millis(250))
+        );
         assert_eq!(retry_after(&head(429, &[("retry-after", "1.5")])), Some(Duration::from_millis(1500)));
         assert_eq!(retry_after(&head(429, &[("retry-after", "Thu, 01 Jan 1970 00:00:00 GMT")])), Some(Duration::ZERO));
         assert_eq!(retry_after(&head(429, &[("retry-after", "-3")])), None);
@@ -310,7 +341,10 @@ mod tests {
     fn redirects_and_upgrades_of_an_upstream_are_failures_and_a_400_is_not() {
         assert!(refusal(&head(302, &[]), false).is_some());
         assert!(refusal(&head(101, &[]), false).is_some());
-        assert_eq!(refusal(&head(429, &[("retry-after", "2")]), false).unwrap().retry_after, Some(Duration::from_secs(2)));
+        assert_eq!(
+            refusal(&head(429, &[("retry-after", "2")]), false).unwrap().retry_after,
+            Some(Duration::from_secs(2))
+        );
         assert!(refusal(&head(400, &[]), true).is_none());
     }
 

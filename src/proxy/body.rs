@@ -41,7 +41,9 @@ fn is_json(kind: &HeaderValue) -> bool {
     let essence = parts.next().unwrap_or_default().to_ascii_lowercase();
     let json = essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"));
     let utf8 = |p: &str| match p.split_once('=') {
-        Some((name, value)) if name.eq_ignore_ascii_case("charset") => value.trim_matches('"').eq_ignore_ascii_case("utf-8"),
+        Some((name, value)) if name.eq_ignore_ascii_case("charset") => {
+            value.trim_matches('"').eq_ignore_ascii_case("utf-8")
+        }
         _ => true,
     };
     json && parts.all(utf8)
@@ -112,7 +114,10 @@ mod tests {
             assert_eq!(check(&[("content-type", kind)]), Err("unsupported_media_type"), "{kind}");
         }
         assert_eq!(check(&[]), Err("unsupported_media_type"));
-        assert_eq!(check(&[("content-type", "application/json"), ("content-encoding", "gzip")]), Err("unsupported_media_type"));
+        assert_eq!(
+            check(&[("content-type", "application/json"), ("content-encoding", "gzip")]),
+            Err("unsupported_media_type")
+        );
         assert_eq!(check(&[("content-type", "application/json"), ("expect", "the-best")]), Err("expectation_failed"));
     }
 }

@@ -63,7 +63,11 @@ fn sent(result: pingora_core::Result<()>) -> Outcome {
     if result.is_ok() { Outcome::Answered } else { Outcome::ClientGone }
 }
 
-async fn read_body(client: &mut ServerSession, ctx: &Ctx, share: &mut crate::gateway::ByteShare) -> Result<Option<Bytes>> {
+async fn read_body(
+    client: &mut ServerSession,
+    ctx: &Ctx,
+    share: &mut crate::gateway::ByteShare,
+) -> Result<Option<Bytes>> {
     body::check_headers(&client.req_header().headers)?;
     let cap = ctx.route.as_ref().and_then(|r| r.body_bytes).unwrap_or(ctx.runtime.body_bytes);
     body::read(client, cap, share).await
@@ -106,7 +110,7 @@ struct Chosen {
 struct Course {
     model: Arc<Model>,
     tried: SmallVec<[Arc<Node>; 4]>,
-    silent: SmallVec<[Arc<Node>; 2]>,
+    silent: SmallVec<[Arc<Node>; 4]>,
     last: Option<Failure>,
     attempts: u32,
 }
@@ -116,18 +120,17 @@ impl Course {
     fn next(&self, marks: Marks) -> Option<Chosen> {
         let may_follow = |target: &Target| self.last.as_ref().is_none_or(|failure| target.on.contains(&failure.class));
         // The upstream of the last attempt goes on to its other nodes; `on` decides about further targets.
-        let same = |target: &Target| self.tried.last().is_some_and(|last| target.upstream.nodes.iter().any(|n| Arc::ptr_eq(n, last)));
+        let same = |target: &Target| {
+            self.tried.last().is_some_and(|last| target.upstream.nodes.iter().any(|n| Arc::ptr_eq(n, last)))
+        };
         let targets = self.model.targets.iter().filter(|t| self.tried.is_empty() || same(t) || may_follow(t));
         targets.into_iter().find_map(|target| self.pick(target, marks))
     }
 
     fn pick(&self, target: &Target, marks: Marks) -> Option<Chosen> {
         let upstream = &target.upstream;
-        let mut nodes: SmallVec<[&Arc<Node>; 16]> = upstream
-            .nodes
-            .iter()
-            .filter(|n| n.weight > 0 && !self.tried.iter().any(|t| Arc::ptr_eq(t, n)))
-            .collect();
+        let mut nodes: SmallVec<[&Arc<Node>; 16]> =
+            upstream.nodes.iter().filter(|n| n.weight > 0 && !self.tried.iter().any(|t| Arc::ptr_eq(t, n))).collect();
         while !nodes.is_empty() {
             let candidates: SmallVec<[Candidate; 16]> = nodes
                 .iter()
@@ -147,13 +150,16 @@ impl Course {
     fn again(&mut self, random: f64) -> Option<Duration> {
         let failure = self.last.as_ref()?;
         let pause = match failure.class {
-            Class::Connect | Class::ServerError => retry::backoff(self.model.retry.backoff, self.attempts, self.model.retry.jitter, random),
+            Class::Connect | Class::ServerError => {
+                retry::backoff(self.model.retry.backoff, self.attempts, self.model.retry.jitter, random)
+            }
             Class::RateLimited => failure.retry_after.filter(|wait| *wait <= SHORT_WAIT)?,
-            Class::Timeout | Class::FirstToken | Class::Auth | Class::ContextLength | Class::ContentFilter => return None,
+            Class::Timeout | Class::FirstToken | Class::Auth | Class::ContextLength | Class::ContentFilter => {
+                return None;
+            }
         };
         // A silent node is not asked twice.
-        self.tried = std::mem::take(&mut self.silent);
-        self.silent = self.tried.clone();
+        self.tried.clone_from(&self.silent);
         Some(pause)
     }
 }

@@ -53,7 +53,11 @@ pub fn arrival(client: &ServerSession, runtime: &Runtime) -> Exchange {
         route_rules: Arc::clone(&runtime.own.rules),
         dialect: runtime.own.dialect,
         request_id: trace::request_id(head.headers.get("x-request-id").map(HeaderValue::as_bytes), rand::random()),
-        trace: trace::TraceContext::of_request(head.headers.get("traceparent").map(HeaderValue::as_bytes), rand::random(), rand::random()),
+        trace: trace::TraceContext::of_request(
+            head.headers.get("traceparent").map(HeaderValue::as_bytes),
+            rand::random(),
+            rand::random(),
+        ),
         client_ip,
         unix_seconds,
         origin: None,
@@ -68,7 +72,8 @@ fn client_ip(client: &ServerSession, headers: &HeaderMap, runtime: &Runtime) -> 
     if !runtime.trusts(peer) {
         return peer;
     }
-    let chain: Vec<&str> = headers.get_all("x-forwarded-for").iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).collect();
+    let chain: Vec<&str> =
+        headers.get_all("x-forwarded-for").iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(',')).collect();
     let mut last = peer;
     for hop in chain.iter().rev() {
         match hop.trim().parse() {
@@ -95,7 +100,9 @@ fn check_head(client: &ServerSession, runtime: &Runtime) -> Result<()> {
         return Err(GatewayError::HeadersTooLarge);
     }
     if head.method == Method::TRACE || head.method == Method::CONNECT {
-        return Err(GatewayError::MethodNotAllowed { allow: "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS".to_owned() });
+        return Err(GatewayError::MethodNotAllowed {
+            allow: "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS".to_owned(),
+        });
     }
     check_framing(client)?;
     check_host(head)
@@ -115,7 +122,9 @@ fn check_framing(client: &ServerSession) -> Result<()> {
     }
     // Pingora drops the length where both are given; the raw head still has it.
     let raw = client.as_http1().map(|h1| h1.get_headers_raw_bytes()).unwrap_or_default();
-    let has_length = raw.split(|&b| b == b'\n').any(|line| line.get(..15).is_some_and(|name| name.eq_ignore_ascii_case(b"content-length:")));
+    let has_length = raw
+        .split(|&b| b == b'\n')
+        .any(|line| line.get(..15).is_some_and(|name| name.eq_ignore_ascii_case(b"content-length:")));
     if has_length { bad("`Content-Length` and `Transfer-Encoding` together") } else { Ok(()) }
 }
 
@@ -153,7 +162,8 @@ fn host_name(host: &str) -> &str {
 
 /// The name in the request's `Host` or authority, lower case, without port.
 pub fn requested_host(head: &RequestHeader) -> String {
-    let host = head.headers.get(HOST).and_then(|v| v.to_str().ok()).or_else(|| head.uri.authority().map(|a| a.as_str()));
+    let host =
+        head.headers.get(HOST).and_then(|v| v.to_str().ok()).or_else(|| head.uri.authority().map(|a| a.as_str()));
     host_name(host.unwrap_or_default()).to_ascii_lowercase()
 }
 
@@ -185,7 +195,9 @@ fn find(client: &ServerSession, runtime: &Runtime) -> Result<Arc<Route>> {
     match runtime.router.find(&head) {
         Ok(route) => Ok(Arc::clone(route)),
         // A preflight asks for the method it announces.
-        Err(GatewayError::MethodNotAllowed { allow }) => preflight(&head, runtime).ok_or(GatewayError::MethodNotAllowed { allow }),
+        Err(GatewayError::MethodNotAllowed { allow }) => {
+            preflight(&head, runtime).ok_or(GatewayError::MethodNotAllowed { allow })
+        }
         Err(other) => Err(other),
     }
 }
@@ -203,8 +215,13 @@ fn check_upgrade(head: &RequestHeader, route: &Route) -> Result<()> {
         // An offer that may be ignored: the request is served as it is.
         return Ok(());
     }
-    let allowed = matches!(&route.lane, Lane::Pass(pass) if pass.websocket) && upgrade.as_bytes().eq_ignore_ascii_case(b"websocket");
-    if allowed { Ok(()) } else { Err(GatewayError::bad(BadRequest::UpgradeNotAllowed, "this route does not take an upgrade")) }
+    let allowed = matches!(&route.lane, Lane::Pass(pass) if pass.websocket)
+        && upgrade.as_bytes().eq_ignore_ascii_case(b"websocket");
+    if allowed {
+        Ok(())
+    } else {
+        Err(GatewayError::bad(BadRequest::UpgradeNotAllowed, "this route does not take an upgrade"))
+    }
 }
 
 #[cfg(test)]
@@ -222,7 +239,8 @@ mod tests {
         for good in [b"api.example.com".as_slice(), b"localhost:8080", b"[::1]:8080", b"10.0.0.1"] {
             assert_eq!(host(good), None, "{}", String::from_utf8_lossy(good));
         }
-        for bad in [b"".as_slice(), b"a/b", b"a?b", b"a#b", b"u@h", b"a,b", b"h:0", b"h:99999", b"h:", b"h:8a", b"a b"] {
+        for bad in [b"".as_slice(), b"a/b", b"a?b", b"a#b", b"u@h", b"a,b", b"h:0", b"h:99999", b"h:", b"h:8a", b"a b"]
+        {
             assert_eq!(host(bad), Some("invalid_host"), "{}", String::from_utf8_lossy(bad));
         }
     }

@@ -13,7 +13,8 @@ use super::Ctx;
 
 /// Whether a path is one of ours.
 pub fn names(path: &str) -> bool {
-    matches!(path, "/health" | "/v1/models" | "/v1/quota") || path.strip_prefix("/v1/models/").is_some_and(|id| !id.is_empty())
+    matches!(path, "/health" | "/v1/models" | "/v1/quota")
+        || path.strip_prefix("/v1/models/").is_some_and(|id| !id.is_empty())
 }
 
 /// Answers one of our paths.
@@ -33,7 +34,8 @@ pub async fn answer(head: &RequestHeader, ctx: &Ctx) -> Result<Reply> {
 }
 
 fn health(ctx: &Ctx) -> Reply {
-    let (status, text) = if ctx.gateway.is_draining() { (StatusCode::SERVICE_UNAVAILABLE, "draining") } else { (StatusCode::OK, "ok") };
+    let (status, text) =
+        if ctx.gateway.is_draining() { (StatusCode::SERVICE_UNAVAILABLE, "draining") } else { (StatusCode::OK, "ok") };
     let mut headers = HeaderMap::new();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     Reply { status, headers, body: Bytes::from_static(text.as_bytes()) }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -32,6 +32,14 @@ pub struct Passage {
     forwarded: Forwarded,
     tried: Vec<Arc<Node>>,
     current: Option<(Arc<Node>, InFlight)>,
+    began: Instant,
+}
+
+impl Passage {
+    /// When the request went on its way to an upstream.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
 }
 
 /// Runs the filters; `Ok(true)` if the request is answered already.
@@ -40,7 +48,8 @@ pub struct Passage {
 /// What Pingora says of the client's connection.
 pub async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pingora_core::Result<bool> {
     let body_bytes = ctx.route.as_ref().and_then(|r| r.body_bytes);
-    let declared = client.get_header(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let declared =
+        client.get_header(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
     if let (Some(limit), Some(length)) = (body_bytes, declared)
         && length > limit
     {
@@ -61,6 +70,7 @@ pub async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pi
         forwarded: forwarded(client, ctx),
         tried: Vec::new(),
         current: None,
+        began: Instant::now(),
     });
     Ok(false)
 }
@@ -96,7 +106,10 @@ fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 }
 
 fn asked_host(head: &RequestHeader) -> String {
-    text(&head.headers, "host").or_else(|| head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or_default().to_owned()
+    text(&head.headers, "host")
+        .or_else(|| head.uri.authority().map(http::uri::Authority::as_str))
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// The node of the next attempt.
@@ -110,7 +123,11 @@ pub fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
         upstream.nodes.iter().filter(|n| n.weight > 0 && !passage.tried.iter().any(|t| Arc::ptr_eq(t, n))).collect();
     let candidates: Vec<Candidate> =
         nodes.iter().map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed }).collect();
-    let marks = Marks { anchor: ip_mark(passage.forwarded.client), session: Some(ip_mark(passage.forwarded.client)), random: rand::random() };
+    let marks = Marks {
+        anchor: ip_mark(passage.forwarded.client),
+        session: Some(ip_mark(passage.forwarded.client)),
+        random: rand::random(),
+    };
     let chosen = balance::pick(upstream.policy, &candidates, marks, &upstream.turn).and_then(|i| nodes.get(i));
     let Some(node) = chosen.map(|n| Arc::clone(n)) else {
         return Error::e_explain(ErrorType::HTTPStatus(503), "no node is left");
@@ -220,6 +237,3 @@ pub fn client_error(error: &Error) -> GatewayError {
         },
     }
 }
-
-/// Deadline for the header of a passed-on answer; its body may take as long as it likes.
-pub const HEADER_PATIENCE: Duration = Duration::from_secs(3600);

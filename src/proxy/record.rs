@@ -16,7 +16,8 @@ const CLIENT_LEFT: u16 = 499;
 /// Closes the books on a request.
 pub fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error>) {
     let took = ctx.started.elapsed();
-    let left = ctx.outcome == Some(Outcome::ClientGone) || error.is_some_and(|e| *e.esource() == ErrorSource::Downstream);
+    let left =
+        ctx.outcome == Some(Outcome::ClientGone) || error.is_some_and(|e| *e.esource() == ErrorSource::Downstream);
     note_status(client, ctx, left);
     if let Some(route) = ctx.route.clone() {
         route.chain.logging(&mut ctx.exchange);
@@ -25,7 +26,7 @@ pub fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error>) {
         ctx.gateway.metrics.client_left(phase(ctx));
     }
     if let Some(passage) = &ctx.passage {
-        ctx.exchange.tally.upstream_time += passage.since().elapsed();
+        ctx.exchange.tally.upstream_time += passage.began().elapsed();
     }
     let overhead = took.saturating_sub(ctx.exchange.tally.upstream_time);
     count(ctx, took, overhead);

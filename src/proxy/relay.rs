@@ -65,7 +65,9 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
 fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeader> {
     let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
     for (name, value) in &answer.head.headers {
-        let own = name.as_str().starts_with("x-ratelimit-") || name.as_str().starts_with("x-tollgate-") || name.as_str().starts_with("ratelimit");
+        let own = name.as_str().starts_with("x-ratelimit-")
+            || name.as_str().starts_with("x-tollgate-")
+            || name.as_str().starts_with("ratelimit");
         // A stream may lose events on its way, so its length is not the upstream's.
         let length = answer.stream && *name == header::CONTENT_LENGTH;
         if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) {
@@ -104,8 +106,10 @@ async fn forward(client: &mut ServerSession, ctx: &mut Ctx, bytes: Bytes) -> pin
 }
 
 fn settle_progress(ctx: &mut Ctx, answer: &Answer) {
-    if let Some(reservation) = &mut ctx.exchange.reservation {
-        reservation.progress(answer.meter.output_tokens_so_far());
+    if let Some(reservation) = &mut ctx.exchange.reservation
+        && answer.meter.tokens_seen()
+    {
+        reservation.progress(&answer.meter.usage(0));
     }
 }
 
@@ -177,7 +181,10 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
                 for bytes in rest.forward {
                     forward(client, ctx, bytes).await.ok();
                 }
-                return Some(break_off(client, ctx, GatewayError::UpstreamError, "the stream ended without its terminal event").await);
+                return Some(
+                    break_off(client, ctx, GatewayError::UpstreamError, "the stream ended without its terminal event")
+                        .await,
+                );
             }
             rest
         }
@@ -203,7 +210,12 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
 /// Tells the client of an answer that cannot go on: an error event, where it is a stream, and an unclean end.
 async fn break_off(client: &mut ServerSession, ctx: &mut Ctx, error: GatewayError, detail: &str) -> Outcome {
     let request_id = ctx.exchange.arrival.request_id.clone();
-    tracing::info!(request_id = request_id.as_str(), upstream = ctx.exchange.tally.upstream.as_deref(), detail, "answer broke off");
+    tracing::info!(
+        request_id = request_id.as_str(),
+        upstream = ctx.exchange.tally.upstream.as_deref(),
+        detail,
+        "answer broke off"
+    );
     ctx.exchange.tally.code = Some(error.face().code);
     let is_stream = client.response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
     if is_stream && ctx.exchange.tally.first_token.is_some() {

@@ -98,7 +98,10 @@ pub fn call_head(
     for (name, value) in &from.headers {
         let dropped = HOP_BY_HOP.contains(name)
             || is_gateway_header(name)
-            || matches!(*name, header::HOST | header::CONTENT_LENGTH | header::ACCEPT_ENCODING | header::EXPECT | header::COOKIE)
+            || matches!(
+                *name,
+                header::HOST | header::CONTENT_LENGTH | header::ACCEPT_ENCODING | header::EXPECT | header::COOKIE
+            )
             || (KEY_HEADERS.contains(name) && !(own_key && *name == header::AUTHORIZATION))
             || nominated.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()));
         if !dropped {
@@ -121,20 +124,33 @@ fn nominated(from: &RequestHeader) -> Vec<String> {
 }
 
 /// Puts our credential where the dialect wants it.
-fn identify(head: &mut RequestHeader, dialect: Dialect, credential: Option<&Credential>) -> pingora_core::Result<()> {
+///
+/// # Errors
+/// A credential with characters that a header cannot carry.
+pub fn identify(
+    head: &mut RequestHeader,
+    dialect: Dialect,
+    credential: Option<&Credential>,
+) -> pingora_core::Result<()> {
     let Some(credential) = credential else { return Ok(()) };
     let (name, text) = match dialect {
-        Dialect::Openai | Dialect::Dify | Dialect::None => (header::AUTHORIZATION, format!("Bearer {}", credential.secret.expose())),
+        Dialect::Openai | Dialect::Dify | Dialect::None => {
+            (header::AUTHORIZATION, format!("Bearer {}", credential.secret.expose()))
+        }
         Dialect::Anthropic => (HeaderName::from_static("x-api-key"), credential.secret.expose().to_owned()),
         Dialect::Gemini => (HeaderName::from_static("x-goog-api-key"), credential.secret.expose().to_owned()),
     };
-    let mut value = HeaderValue::from_str(&text)
-        .map_err(|_| Error::explain(ErrorType::InternalError, "a credential has characters that a header cannot carry"))?;
+    let mut value = HeaderValue::from_str(&text).map_err(|_| {
+        Error::explain(ErrorType::InternalError, "a credential has characters that a header cannot carry")
+    })?;
     value.set_sensitive(true);
     head.insert_header(name, value)
 }
 
 /// Tells a node of our own who calls and from where.
+///
+/// # Errors
+/// What cannot be written as a header.
 pub fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forwarded) -> pingora_core::Result<()> {
     let arrival = &exchange.arrival;
     head.insert_header("x-request-id", arrival.request_id.header())?;
@@ -164,7 +180,11 @@ pub fn prefixed(uri: &Uri, prefix: &str) -> pingora_core::Result<Uri> {
 pub fn is_stale(error: &Error) -> bool {
     matches!(
         error.etype(),
-        ErrorType::ConnectionClosed | ErrorType::ReadError | ErrorType::WriteError | ErrorType::H2Error | ErrorType::H2Downgrade
+        ErrorType::ConnectionClosed
+            | ErrorType::ReadError
+            | ErrorType::WriteError
+            | ErrorType::H2Error
+            | ErrorType::H2Downgrade
     )
 }
 

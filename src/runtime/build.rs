@@ -60,7 +60,11 @@ pub fn build(checked: &Checked<'_>, before: Option<&Runtime>, world: &dyn World,
         upstreams,
         keys,
         global,
-        own: Arc::new(own("gateway", &deps, Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() })),
+        own: Arc::new(own(
+            "gateway",
+            &deps,
+            Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() },
+        )),
         open: Arc::new(own("gateway", &deps, Chain::default())),
         trusted: document.server.trusted_proxies.clone(),
         header_bytes: document.server.limits.header_bytes.bytes(),
@@ -105,7 +109,10 @@ fn key_hash(key: &config::Key, world: &dyn World) -> Result<KeyHash, String> {
     }
     let hex = key.sha256.as_deref().unwrap_or_default();
     let mut hash = KeyHash::default();
-    let pairs = hex.as_bytes().chunks_exact(2).map(|pair| std::str::from_utf8(pair).ok().and_then(|p| u8::from_str_radix(p, 16).ok()));
+    let pairs = hex
+        .as_bytes()
+        .chunks_exact(2)
+        .map(|pair| std::str::from_utf8(pair).ok().and_then(|p| u8::from_str_radix(p, 16).ok()));
     for (slot, byte) in hash.iter_mut().zip(pairs) {
         *slot = byte.ok_or("sha256 must be 64 hexadecimal digits")?;
     }
@@ -119,7 +126,11 @@ fn names(allowed: &Allowed) -> Option<HashSet<Box<str>>> {
     }
 }
 
-fn upstreams(document: &Document, before: Option<&Runtime>, world: &dyn World) -> Built<BTreeMap<String, Arc<Upstream>>> {
+fn upstreams(
+    document: &Document,
+    before: Option<&Runtime>,
+    world: &dyn World,
+) -> Built<BTreeMap<String, Arc<Upstream>>> {
     let mut all = BTreeMap::new();
     for (name, written) in &document.upstreams {
         let known = before.and_then(|b| b.upstreams.get(name));
@@ -168,7 +179,12 @@ const fn policy(written: config::Balance) -> Policy {
 
 fn node(written: &config::Node, known: Option<&Arc<Upstream>>) -> Node {
     let url = &written.url;
-    let name: Arc<str> = if url.host.contains(':') { format!("[{}]:{}", url.host, url.port) } else { format!("{}:{}", url.host, url.port) }.into();
+    let name: Arc<str> = if url.host.contains(':') {
+        format!("[{}]:{}", url.host, url.port)
+    } else {
+        format!("{}:{}", url.host, url.port)
+    }
+    .into();
     let default_port = if url.tls { 443 } else { 80 };
     let bare: Arc<str> = if url.host.contains(':') { format!("[{}]", url.host) } else { url.host.clone() }.into();
     let before = known.and_then(|u| u.nodes.iter().find(|n| n.name == name));
@@ -199,7 +215,11 @@ fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> B
         let model = Arc::new(Model {
             name: name.as_str().into(),
             targets: targets.collect(),
-            retry: Retry { attempts: written.retry.attempts, backoff: written.retry.backoff.0, jitter: written.retry.jitter },
+            retry: Retry {
+                attempts: written.retry.attempts,
+                backoff: written.retry.backoff.0,
+                jitter: written.retry.jitter,
+            },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
         });
@@ -225,17 +245,28 @@ fn matcher(route: &config::Route) -> Matcher {
     let written = &route.matching;
     let paths = written.path.0.iter().map(|p| PathRule::path(p));
     let prefixes = written.prefix.0.iter().map(|p| PathRule::Prefix(p.as_str().into()));
-    let header = |(name, value): (&String, &String)| Some((HeaderName::try_from(name.as_str()).ok()?, value.as_str().into()));
+    let header =
+        |(name, value): (&String, &String)| Some((HeaderName::try_from(name.as_str()).ok()?, value.as_str().into()));
     Matcher {
         paths: paths.chain(prefixes).collect(),
-        methods: written.method.0.iter().filter_map(|m| Method::try_from(m.to_ascii_uppercase().as_str()).ok()).collect(),
+        methods: written
+            .method
+            .0
+            .iter()
+            .filter_map(|m| Method::try_from(m.to_ascii_uppercase().as_str()).ok())
+            .collect(),
         hosts: written.host.0.iter().map(|h| h.to_ascii_lowercase().into()).collect(),
         headers: written.header.iter().filter_map(header).collect(),
         query: written.query.iter().map(|(n, v)| (n.as_str().into(), v.as_str().into())).collect(),
     }
 }
 
-fn build_route(written: &config::Route, index: usize, upstreams: &BTreeMap<String, Arc<Upstream>>, deps: &Deps) -> Built<Route> {
+fn build_route(
+    written: &config::Route,
+    index: usize,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    deps: &Deps,
+) -> Built<Route> {
     let missing = |name: &str| ConfigError::new(format!("routes[{index}]"), format!("there is no upstream `{name}`"));
     let find = |name: &String| upstreams.get(name).cloned().ok_or_else(|| missing(name));
     let rules = Arc::new(RuleSet::new(Scope::Route, &written.name, &written.limits));
@@ -249,7 +280,8 @@ fn build_route(written: &config::Route, index: usize, upstreams: &BTreeMap<Strin
         },
         (None, Some(pass)) => {
             let upstream = find(&pass.upstream)?;
-            let lane = Pass { upstream: Arc::clone(&upstream), websocket: pass.websocket, preserve_host: pass.preserve_host };
+            let lane =
+                Pass { upstream: Arc::clone(&upstream), websocket: pass.websocket, preserve_host: pass.preserve_host };
             (Lane::Pass(lane), Some(upstream))
         }
         (None, None) => return Err(ConfigError::new(format!("routes[{index}]"), "a route needs `call` or `pass`")),

@@ -27,8 +27,12 @@ async fn resolve_node(node: &Node) {
     let answer = timeout(PATIENCE, lookup_host((&*node.host, node.port))).await;
     let mut addresses: Vec<_> = match answer {
         Ok(Ok(found)) => found.collect(),
-        Ok(Err(error)) => return tracing::warn!(host = &*node.host, %error, "cannot resolve a node; its last addresses are kept"),
-        Err(_) => return tracing::warn!(host = &*node.host, "resolving a node takes too long; its last addresses are kept"),
+        Ok(Err(error)) => {
+            return tracing::warn!(host = &*node.host, %error, "cannot resolve a node; its last addresses are kept");
+        }
+        Err(_) => {
+            return tracing::warn!(host = &*node.host, "resolving a node takes too long; its last addresses are kept");
+        }
     };
     // IPv4 first: a node that listens on one family only is most often on that one.
     addresses.sort_by_key(|a| a.is_ipv6());

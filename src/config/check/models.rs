@@ -3,6 +3,9 @@
 use std::collections::HashMap;
 
 use super::{At, Check};
+use tollgate_filters::dialect::Dialect;
+use tollgate_filters::retry::Class;
+
 use crate::config::{Model, Resume, Target};
 
 impl Check<'_> {

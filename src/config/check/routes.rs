@@ -176,9 +176,11 @@ impl Check<'_> {
     fn cors(&mut self, at: &At, cors: &Cors) {
         let Err(error) = cors.policy("") else { return };
         // The error's path is relative to the filter: `.origins[1]`.
-        let at = error.path.split(['.', '[', ']']).filter(|part| !part.is_empty()).fold(at.clone(), |at, part| match part.parse() {
-            Ok(index) => self.places.listed(&at, index),
-            Err(_) => at.key(part),
+        let at = error.path.split(['.', '[', ']']).filter(|part| !part.is_empty()).fold(at.clone(), |at, part| {
+            match part.parse() {
+                Ok(index) => self.places.listed(&at, index),
+                Err(_) => at.key(part),
+            }
         });
         self.error(&at, error.message, error.hint);
     }
