@@ -389,7 +389,7 @@ async fn abandonment_is_noticed_within_100_ms_over_both_protocols() {
 
 #[tokio::test]
 async fn nothing_is_left_of_200_streams_of_which_half_are_dropped() {
-    let node = Node::start(NodeConfig { queue: 50, max_running: 150, ..NodeConfig::default() }).await.unwrap();
+    let node = Node::start(NodeConfig { max_running: 150, ..NodeConfig::default() }).await.unwrap();
     let report = load::run(LoadConfig {
         url: node.url(),
         arrival: Arrival::Closed { callers: 200 },
