@@ -35,6 +35,8 @@ pub struct BenchConfig {
     pub streams: u64,
     /// Callers at a time.
     pub callers: usize,
+    /// Whether the streams' callers ask for usage. If not, a gateway that asks the node for it must take it out again.
+    pub include_usage: bool,
     /// Bytes of a request's message.
     pub prompt_bytes: usize,
     /// Bytes of a plain answer.
@@ -55,6 +57,7 @@ impl Default for BenchConfig {
             requests: 4000,
             streams: 64,
             callers: 16,
+            include_usage: false,
             prompt_bytes: 400,
             answer_bytes: 1024,
             chunks: 200,
@@ -175,7 +178,7 @@ fn plain(config: &BenchConfig, gateway: &Process, requests: u64) -> LoadConfig {
 }
 
 fn streamed(config: &BenchConfig, gateway: &Process) -> LoadConfig {
-    LoadConfig { stream: true, ..plain(config, gateway, config.streams) }
+    LoadConfig { stream: true, include_usage: config.include_usage, ..plain(config, gateway, config.streams) }
 }
 
 /// Microseconds of CPU time per request and per chunk of a load.

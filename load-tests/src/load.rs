@@ -55,6 +55,8 @@ pub struct LoadConfig {
     pub requests: Option<u64>,
     /// Whether answers are streamed.
     pub stream: bool,
+    /// Whether streams are asked to report usage.
+    pub include_usage: bool,
     /// Bytes of the user's message.
     pub prompt_bytes: usize,
     /// `max_tokens` of each request, if any.
@@ -77,6 +79,7 @@ impl Default for LoadConfig {
             duration: None,
             requests: None,
             stream: false,
+            include_usage: false,
             prompt_bytes: 400,
             max_tokens: None,
             abandon: 0.0,
@@ -162,6 +165,9 @@ fn body(config: &LoadConfig) -> Bytes {
     if let Some(fields) = body.as_object_mut() {
         if config.stream {
             fields.insert("stream".to_owned(), json!(true));
+            if config.include_usage {
+                fields.insert("stream_options".to_owned(), json!({"include_usage": true}));
+            }
         }
         if let Some(tokens) = config.max_tokens {
             fields.insert("max_tokens".to_owned(), json!(tokens));

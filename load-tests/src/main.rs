@@ -145,6 +145,9 @@ struct RunArgs {
     /// Ask for streams.
     #[arg(long)]
     stream: bool,
+    /// Ask streams for usage.
+    #[arg(long, requires = "stream")]
+    include_usage: bool,
     /// Bytes of the user's message.
     #[arg(long, default_value_t = 400)]
     prompt_bytes: usize,
@@ -188,6 +191,9 @@ struct BenchArgs {
     /// Callers at a time.
     #[arg(long, default_value_t = 16)]
     callers: usize,
+    /// Callers ask streams for usage: nothing has to be taken out of them.
+    #[arg(long)]
+    include_usage: bool,
     /// Content chunks of a stream.
     #[arg(long, default_value_t = 200)]
     chunks: usize,
@@ -310,6 +316,7 @@ async fn run_load(args: RunArgs) -> Result<(), String> {
         duration: args.duration,
         requests: args.requests,
         stream: args.stream,
+        include_usage: args.include_usage,
         prompt_bytes: args.prompt_bytes,
         max_tokens: args.max_tokens,
         abandon: args.abandon,
@@ -347,6 +354,7 @@ async fn run_bench(args: BenchArgs) -> Result<(), String> {
         requests: args.requests,
         streams: args.streams,
         callers: args.callers,
+        include_usage: args.include_usage,
         chunks: args.chunks,
         chunk_gap: args.chunk_gap,
         ..BenchConfig::default()

@@ -30,7 +30,8 @@ pub struct Recorded {
     pub method: String,
     /// Path and query as they stood in the request line.
     pub path_and_query: String,
-    /// Header fields in the order of arrival, names in lower case; bytes that are not UTF-8 are replaced.
+    /// Header fields, names in lower case, those of one name in the order of arrival; bytes that are not UTF-8 are
+    /// replaced. Over HTTP/2 the authority comes first, as `:authority`.
     pub headers: Vec<(String, String)>,
     /// Bytes of the body received so far.
     pub body_len: u64,
@@ -124,14 +125,15 @@ impl Journal {
 }
 
 fn recorded(head: &Parts, connection: u64) -> Recorded {
+    let authority = head.uri.authority().map(|authority| (":authority".to_owned(), authority.to_string()));
+    let fields = head
+        .headers
+        .iter()
+        .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()));
     Recorded {
         method: head.method.to_string(),
         path_and_query: head.uri.path_and_query().map(ToString::to_string).unwrap_or_default(),
-        headers: head
-            .headers
-            .iter()
-            .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-            .collect(),
+        headers: authority.into_iter().chain(fields).collect(),
         body_len: 0,
         body_sha256: String::new(),
         body: None,

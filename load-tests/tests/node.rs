@@ -11,6 +11,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
+use tollgate_load::load::{self, Arrival, LoadConfig};
 use tollgate_load::node::{Ending, Fault, Node, NodeConfig, Recorded};
 
 type Http = Client<HttpConnector, Full<Bytes>>;
@@ -387,6 +388,40 @@ async fn abandonment_is_noticed_within_100_ms_over_both_protocols() {
 }
 
 #[tokio::test]
+async fn nothing_is_left_of_200_streams_of_which_half_are_dropped() {
+    let node = Node::start(NodeConfig { max_running: 150, ..NodeConfig::default() }).await.unwrap();
+    let report = load::run(LoadConfig {
+        url: node.url(),
+        arrival: Arrival::Closed { callers: 200 },
+        requests: Some(400),
+        stream: true,
+        max_tokens: Some(20),
+        abandon: 0.5,
+        ..LoadConfig::default()
+    })
+    .await
+    .unwrap();
+    assert_eq!(report.ok + report.abandoned, 400, "{:?}", report.errors);
+    eventually(|| node.requests().iter().all(|row| row.ended.is_some()).then_some(())).await;
+    let stats = node.stats();
+    assert_eq!((stats.running, stats.waiting, stats.kv_usage), (0, 0, 0.0));
+    let abandoned = node.requests().iter().filter(|row| row.abandoned()).count() as u64;
+    assert!(abandoned <= report.abandoned && abandoned > 0, "{abandoned} of {}", report.abandoned);
+}
+
+#[tokio::test]
+async fn an_upload_broken_off_counts_as_abandoned() {
+    use tokio::io::AsyncWriteExt;
+    let node = instant().await;
+    let mut raw = tokio::net::TcpStream::connect(node.addr()).await.unwrap();
+    raw.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"mod").await.unwrap();
+    eventually(|| node.requests().pop().filter(|row| row.body_len == 5)).await;
+    drop(raw);
+    let row = only_request_ended(&node).await;
+    assert!(row.abandoned() && row.body.is_none() && row.body_sha256.is_empty());
+}
+
+#[tokio::test]
 async fn connections_are_counted_and_kept_alive() {
     let node = instant().await;
     let http = client();
@@ -536,6 +571,8 @@ async fn broken_first_events_and_error_bodies() {
     let (status, body) = post(&node, "/v1/chat/completions", &chat("x"), "error_body").await;
     assert_eq!(status, 200);
     assert!(body["error"]["message"].is_string());
+    let (status, body) = post(&node, "/v1/chat/completions", &chat("x"), "error_event").await;
+    assert!(status == 200 && body["error"]["message"].is_string());
     let (text, clean) = stream(&node, &chat("x"), "empty").await;
     assert!(clean);
     assert_eq!(text.matches("data: ").count(), 1);

@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::DifyConfig;
 use super::events::{AppRun, Mode, ping};
 use crate::node::{EVENTS, Fault, Numbers, Plan, Run, asked_by_header, now, tokens_of, words};
-use crate::record::{CallGuard, Journal};
+use crate::record::{CallGuard, Ending, Journal};
 use crate::serve::{self, Peer, Reply};
 use crate::talk::talk;
 
@@ -59,8 +59,9 @@ impl Refusal {
 impl serve::App for App {
     async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: Peer) -> Response<Reply> {
         let (head, body) = request.into_parts();
-        let call = self.journal.open(&head, peer.connection);
+        let mut call = self.journal.open(&head, peer.connection);
         let Some(body) = call.read(body).await else {
+            call.finish(Ending::Abandoned);
             return Refusal::param("The body ended early.").answer(call);
         };
         if !self.known(&head.headers) {

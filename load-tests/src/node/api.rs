@@ -22,7 +22,7 @@ use super::script::Script;
 use super::vectors::{Computed, Embeddings, Rerank};
 use super::words::Numbers;
 use super::{NodeConfig, metrics};
-use crate::record::{CallGuard, Journal};
+use crate::record::{CallGuard, Ending, Journal};
 use crate::serve::{App, Peer, Reply};
 use crate::talk::talk;
 
@@ -52,9 +52,10 @@ impl App for NodeApp {
             self.journal.count();
             return canned.answer(body).await;
         }
-        let call = self.journal.open(&head, peer.connection);
+        let mut call = self.journal.open(&head, peer.connection);
         let Some(body) = call.read(body).await else {
             // The peer is gone; nobody reads this.
+            call.finish(Ending::Abandoned);
             return Refusal::invalid("The body ended early.", None).answer(call);
         };
         match self.plan(&head) {
@@ -133,12 +134,14 @@ impl NodeApp {
     }
 
     async fn complete(&self, kind: Kind, body: &[u8], mut visit: Visit) -> Response<Reply> {
-        let ask = match Ask::read(kind, body, &self.config)
+        let mut ask = match Ask::read(kind, body, &self.config)
             .and_then(|ask| self.admit(&ask.model, &mut visit.plan).map(|()| ask))
         {
             Ok(ask) => ask,
             Err(refusal) => return refusal.answer(visit.call),
         };
+        // Without a stream there is no first event: the error is the body.
+        visit.plan.error_body |= visit.plan.error_event && !ask.stream;
         let Visit { call, peer, plan } = match early(visit).await {
             Ok(visit) => visit,
             Err(answer) => return answer,
@@ -147,7 +150,7 @@ impl NodeApp {
         call.edit(|row| row.prompt_tokens = tokens as u64);
         let Some(seat) = self.engine.enter(tokens, ask.most_output) else { return Refusal::full().answer(call) };
         let answer = ask.choices.first().map(|tokens| tokens.concat()).unwrap_or_default();
-        let run = Run::on_engine(seat, Prompt { text: ask.prompt.clone(), tokens, answer });
+        let run = Run::on_engine(seat, Prompt { text: std::mem::take(&mut ask.prompt), tokens, answer });
         let script = Script {
             id: self.id(if kind == Kind::Chat { "chatcmpl-" } else { "cmpl-" }),
             created: now(),
