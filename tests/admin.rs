@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    ALICE, Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, fault, node, usage_event,
+    ALICE, Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, fault, node,
+    usage_event,
 };
 
 const PATH: &str = "/v1/chat/completions";
@@ -43,7 +44,10 @@ async fn metrics_are_open_and_have_the_names_of_the_contract() {
         ("tollgate_request_duration_seconds_count", &[("route", "llm"), ("model", "chat")][..]),
         ("tollgate_time_to_first_token_seconds_count", &[("route", "llm"), ("model", "chat"), ("upstream", "near")]),
         ("tollgate_tokens_total", &[("route", "llm"), ("model", "chat"), ("key", "alice"), ("kind", "input")]),
-        ("tollgate_limit_decisions_total", &[("scope", "key"), ("dimension", "requests_per_minute"), ("decision", "ok")]),
+        (
+            "tollgate_limit_decisions_total",
+            &[("scope", "key"), ("dimension", "requests_per_minute"), ("decision", "ok")],
+        ),
         ("tollgate_node_up", &[("upstream", "near")]),
     ] {
         assert!(gw.metric(name, labels).await > 0.0, "{name}{labels:?}");
@@ -146,9 +150,31 @@ async fn the_upstreams_are_listed_with_their_nodes_and_no_secret() {
 }
 
 const FIELDS: [&str; 25] = [
-    "ts", "request_id", "trace_id", "key", "tier", "route", "model", "upstream", "node", "attempts", "status", "code", "stream",
-    "input_tokens", "cached_tokens", "output_tokens", "usage_source", "cost", "ttft_ms", "duration_ms", "overhead_ms", "cache",
-    "client_ip", "bytes_in", "bytes_out",
+    "ts",
+    "request_id",
+    "trace_id",
+    "key",
+    "tier",
+    "route",
+    "model",
+    "upstream",
+    "node",
+    "attempts",
+    "status",
+    "code",
+    "stream",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "usage_source",
+    "cost",
+    "ttft_ms",
+    "duration_ms",
+    "overhead_ms",
+    "cache",
+    "client_ip",
+    "bytes_in",
+    "bytes_out",
 ];
 
 #[tokio::test]
@@ -235,7 +261,8 @@ async fn sigterm_finishes_streams_and_then_ends_with_0() {
     let mut gw = Gateway::with(&Conf::serving("qwen", &[near.url()]).server("drain: 15s")).await;
     let mut idle = gw.wire().await;
     idle.send(gw.get("/health")).await.expect(200);
-    let asked = tokio::spawn(gw.post(PATH).key(ALICE).header("x-request-id", "drained").json(&chat_stream("hi")).open());
+    let asked =
+        tokio::spawn(gw.post(PATH).key(ALICE).header("x-request-id", "drained").json(&chat_stream("hi")).open());
     let mut call = near.call().await;
     call.stream_head().await;
     call.chunk(chunk_event("one")).await;

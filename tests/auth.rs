@@ -110,10 +110,9 @@ async fn a_key_may_be_bound_to_models_and_routes() {
 #[tokio::test]
 async fn a_route_may_ask_for_no_key() {
     let near = node("qwen").await;
-    let conf = Conf::new()
-        .upstream("near", &[near.url()], "")
-        .model("chat", &[("near", "qwen")], "")
-        .route("{ name: open, match: { path: /v1/chat/completions }, call: { models: \"*\" }, filters: { auth: off } }");
+    let conf = Conf::new().upstream("near", &[near.url()], "").model("chat", &[("near", "qwen")], "").route(
+        "{ name: open, match: { path: /v1/chat/completions }, call: { models: \"*\" }, filters: { auth: off } }",
+    );
     let gw = Gateway::with(&conf).await;
     gw.post(PATH).json(&chat("hello")).send().await.expect(200);
 }
@@ -199,15 +198,28 @@ async fn a_foreign_upstream_gets_the_credential_and_nothing_of_the_caller() {
         .model("chat", &[("far", "gpt")], "")
         .llm();
     let gw = Gateway::with_env(&conf, &[("FAR_KEY", "far-credential")]).await;
-    for request in [gw.post(PATH).key(ALICE), gw.post(PATH).header("x-api-key", ALICE), gw.post(PATH).header("api-key", ALICE)] {
+    for request in
+        [gw.post(PATH).key(ALICE), gw.post(PATH).header("x-api-key", ALICE), gw.post(PATH).header("api-key", ALICE)]
+    {
         with_disguise(request).header("cookie", "session=1").json(&chat("hello")).send().await.expect(200);
     }
     for seen in far.requests() {
-        let header = |name: &str| seen.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.clone());
+        let header = |name: &str| {
+            seen.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.clone())
+        };
         assert_eq!(header("authorization").as_deref(), Some("Bearer far-credential"));
         for hidden in [
-            "x-user-id", "x-user-tier", "x-api-key", "api-key", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
-            "x-real-ip", "forwarded", "x-tollgate-route", "traceparent",
+            "x-user-id",
+            "x-user-tier",
+            "x-api-key",
+            "api-key",
+            "x-forwarded-for",
+            "x-forwarded-host",
+            "x-forwarded-proto",
+            "x-real-ip",
+            "forwarded",
+            "x-tollgate-route",
+            "traceparent",
         ] {
             assert_eq!(header(hidden), None, "{hidden} reached a foreign upstream");
         }

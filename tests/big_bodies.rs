@@ -48,7 +48,11 @@ async fn reaches_the_third_whole(size: usize) {
         .upstream("refused", &[refused.url()], "")
         .upstream("sick", &[sick.url()], "")
         .upstream("good", &[good.url()], "")
-        .model("chat", &[("refused", "chat"), ("sick", "chat"), ("good", "chat")], "retry: { attempts: 3, backoff: 1ms }")
+        .model(
+            "chat",
+            &[("refused", "chat"), ("sick", "chat"), ("good", "chat")],
+            "retry: { attempts: 3, backoff: 1ms }",
+        )
         .llm();
     let gw = Gateway::with(&conf).await;
     let body = prompt(size);

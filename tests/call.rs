@@ -5,7 +5,9 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::harness::{Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, node, sha256, usage_event};
+use crate::harness::{
+    Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, node, sha256, usage_event,
+};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -181,7 +183,9 @@ async fn a_body_over_the_limit_is_413_by_its_length_and_by_its_chunks() {
     let gw = Gateway::with(&conf).await;
 
     let mut client = gw.raw().await;
-    let head = format!("POST {PATH} HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {WENDY}\r\ncontent-type: application/json\r\n");
+    let head = format!(
+        "POST {PATH} HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {WENDY}\r\ncontent-type: application/json\r\n"
+    );
     let answer = client.ask(format!("{head}content-length: 20000\r\n\r\n{{")).await;
     assert_eq!(answer.status(), 413, "by length, before the body is there");
     assert!(answer.text().contains("body_too_large"));
@@ -279,7 +283,10 @@ async fn a_field_of_the_wrong_type_is_400_and_named() {
         assert_eq!(answer.status(), 400, "{body}");
     }
     let answer = gw.post(PATH).key(WENDY).json(&json!({ "messages": [] })).send().await;
-    assert_eq!((answer.refusal(), answer.json()["error"]["param"].clone()), ((400, "invalid_request".into()), json!("model")));
+    assert_eq!(
+        (answer.refusal(), answer.json()["error"]["param"].clone()),
+        ((400, "invalid_request".into()), json!("model"))
+    );
     assert!(near.requests().is_empty());
 }
 
@@ -331,7 +338,9 @@ async fn a_body_that_is_no_json_by_its_type_is_415() {
 async fn contradictory_framing_is_refused_and_the_connection_closed() {
     let near = node("qwen").await;
     let gw = Gateway::with(&Conf::serving("qwen", &[near.url()])).await;
-    let head = format!("POST {PATH} HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {WENDY}\r\ncontent-type: application/json\r\n");
+    let head = format!(
+        "POST {PATH} HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {WENDY}\r\ncontent-type: application/json\r\n"
+    );
     for framing in [
         "content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         "content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
@@ -342,7 +351,7 @@ async fn contradictory_framing_is_refused_and_the_connection_closed() {
     ] {
         let mut client = gw.raw().await;
         client.write(format!("{head}{framing}GET /health HTTP/1.1\r\nhost: gw\r\n\r\n")).await;
-        let text = String::from_utf8_lossy(&client.to_the_end().await).into_owned();
+        let text = String::from_utf8_lossy(&client.read_to_close().await).into_owned();
         assert!(text.starts_with("HTTP/1.1 400"), "{framing:?}: {text}");
         assert_eq!(text.matches("HTTP/1.1 ").count(), 1, "{framing:?}: what followed was taken as a request: {text}");
     }

@@ -140,14 +140,12 @@ async fn of_200_streams_half_are_abandoned_and_nothing_is_left() {
         config.decode = Duration::from_millis(20);
         config.max_running = 1000;
         config.queue = 1000;
-        config.record_bodies = false;
     })
     .await;
     let gw = Arc::new(Gateway::with(&Conf::serving("qwen", &[near.url()])).await);
     let mut rng = Rng::new(200);
-    let plans: Vec<(usize, Option<Duration>)> = (0..200)
-        .map(|turn| (turn, (turn % 2 == 0).then(|| Duration::from_millis(rng.next() % 900))))
-        .collect();
+    let plans: Vec<(usize, Option<Duration>)> =
+        (0..200).map(|turn| (turn, (turn % 2 == 0).then(|| Duration::from_millis(rng.next() % 900)))).collect();
     let one = |(turn, leaves): (usize, Option<Duration>)| {
         let gw = Arc::clone(&gw);
         async move {
@@ -175,16 +173,20 @@ async fn of_200_streams_half_are_abandoned_and_nothing_is_left() {
             Some((id, left))
         }
     };
-    let abandoned: Vec<(String, Instant)> = at_once(200, plans.into_iter().map(one)).await.into_iter().flatten().collect();
+    let abandoned: Vec<(String, Instant)> =
+        at_once(200, plans.into_iter().map(one)).await.into_iter().flatten().collect();
     assert_eq!(abandoned.len(), 100);
     is_clean(&gw).await;
-    eventually("every stream to end at the node", || async { near.requests().iter().all(|seen| seen.ended.is_some()) }).await;
+    eventually("every stream to end at the node", || async { near.requests().iter().all(|seen| seen.ended.is_some()) })
+        .await;
 
     let requests = near.requests();
     let mut late = Vec::new();
     let mut seen_there = 0;
     for (id, left) in &abandoned {
-        let find = |seen: &&tollgate_load::node::Recorded| seen.headers.iter().any(|(name, value)| name == "x-request-id" && value == id);
+        let find = |seen: &&tollgate_load::node::Recorded| {
+            seen.headers.iter().any(|(name, value)| name == "x-request-id" && value == id)
+        };
         // One that left before it was sent on never came to the node.
         let Some(seen) = requests.iter().find(find) else { continue };
         seen_there += 1;

@@ -106,14 +106,29 @@ async fn check_tells_all_errors_at_once() {
 #[tokio::test]
 async fn check_refuses_each_kind_of_mistake() {
     for (what, config) in [
-        ("a duplicate key", good().replace("models:\n", "models:\n  chat: { targets: [{ upstream: near, model: x }] }\n")),
+        (
+            "a duplicate key",
+            good().replace("models:\n", "models:\n  chat: { targets: [{ upstream: near, model: x }] }\n"),
+        ),
         ("an unknown section", format!("{}\nlimitz: {{}}\n", good())),
         ("a word where a number belongs", good().replace("requests_per_minute: 60,", "requests_per_minute: many,")),
         ("a negative limit", good().replace("requests_per_minute: 60,", "requests_per_minute: -1,")),
         ("broken YAML", good().replace("tiers:", "tiers: [")),
-        ("an open admin port without token", good().replace("admin: { bind: \"127.0.0.1:0\" }", "admin: { bind: \"0.0.0.0:0\" }")),
-        ("an environment variable that is not set", good().replace("key: alice-secret-key", "key: { env: NO_SUCH_VARIABLE }")),
-        ("a route that an earlier one hides", format!("{}  - {{ name: late, match: {{ path: /v1/completions, method: [POST] }}, call: {{ models: \"*\" }} }}\n", good())),
+        (
+            "an open admin port without token",
+            good().replace("admin: { bind: \"127.0.0.1:0\" }", "admin: { bind: \"0.0.0.0:0\" }"),
+        ),
+        (
+            "an environment variable that is not set",
+            good().replace("key: alice-secret-key", "key: { env: NO_SUCH_VARIABLE }"),
+        ),
+        (
+            "a route that an earlier one hides",
+            format!(
+                "{}  - {{ name: late, match: {{ path: /v1/completions, method: [POST] }}, call: {{ models: \"*\" }} }}\n",
+                good()
+            ),
+        ),
         ("an empty file", String::new()),
     ] {
         let (output, code) = check(&config, &[]).await;
@@ -194,7 +209,8 @@ async fn first_curl(gw: &Gateway) -> String {
     eventually("the demo to print a curl line", || async { gw.stdout().contains("curl ") }).await;
     let find = || {
         let stdout = gw.stdout();
-        let mut lines = stdout.lines().skip_while(|line| !line.trim_start().trim_start_matches("$ ").starts_with("curl "));
+        let mut lines =
+            stdout.lines().skip_while(|line| !line.trim_start().trim_start_matches("$ ").starts_with("curl "));
         let mut command = String::new();
         loop {
             let line = lines.next()?;

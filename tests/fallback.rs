@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tollgate_load::node::{Node, Recorded};
 
-use crate::harness::{Conf, Gateway, RawNode, Refused, Upcall, WENDY, chat, chat_stream, completion, fault, in_time, node};
+use crate::harness::{
+    Conf, Gateway, RawNode, Refused, Upcall, WENDY, chat, chat_stream, completion, fault, in_time, node,
+};
 
 const PATH: &str = "/v1/chat/completions";
 const QUICK: &str = "timeouts: { connect: 1s, first_byte: 300ms, first_token: 300ms, between_tokens: 2s, total: 10s }, \
@@ -131,7 +133,10 @@ async fn a_stream_that_dies_before_its_first_token_is_passed_over() {
     let near = RawNode::answering(|mut call: Upcall| async move {
         call.stream_head().await;
         call.chunk(": ping\n\n").await;
-        call.chunk("data: {\"id\":\"x\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n").await;
+        call.chunk(
+            "data: {\"id\":\"x\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
+        )
+        .await;
         None
     })
     .await;
@@ -170,7 +175,10 @@ async fn the_other_node_of_an_upstream_comes_before_the_next_target() {
         assert_eq!(answer.header("x-tollgate-upstream"), "near");
         tried.push(answer.header("x-tollgate-attempts").to_owned());
     }
-    assert!(tried.contains(&"1".to_owned()) && tried.contains(&"2".to_owned()), "round robin starts at each: {tried:?}");
+    assert!(
+        tried.contains(&"1".to_owned()) && tried.contains(&"2".to_owned()),
+        "round robin starts at each: {tried:?}"
+    );
     assert!(far.requests().is_empty());
     assert_eq!(good.requests().len(), 6);
 }
@@ -179,7 +187,10 @@ async fn the_other_node_of_an_upstream_comes_before_the_next_target() {
 async fn a_4xx_of_the_node_is_passed_as_it_is_and_never_retried() {
     let far = node("large").await;
     for (status, body) in [
-        ("400 Bad Request", r#"{"error":{"message":"max_tokens is too large","type":"BadRequestError","param":null,"code":400}}"#),
+        (
+            "400 Bad Request",
+            r#"{"error":{"message":"max_tokens is too large","type":"BadRequestError","param":null,"code":400}}"#,
+        ),
         ("404 Not Found", r#"{"object":"error","message":"The model `small` does not exist"}"#),
         ("422 Unprocessable Entity", r#"{"detail":[{"loc":["body"]}]}"#),
     ] {

@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tollgate_load::node::{Fault, Node, NodeConfig};
 
-pub(crate) use client::{Answer, Event, Reply, Wire};
+pub(crate) use client::Answer;
 pub(crate) use conf::Conf;
 pub(crate) use gateway::{Gateway, tollgate};
-pub(crate) use raw::{RawClient, RawNode, Seen, Upcall};
+pub(crate) use raw::{RawNode, Upcall};
 
 /// The key of tier `free`: 60 requests a minute.
 pub(crate) const ALICE: &str = "alice-secret-key";
@@ -58,7 +58,6 @@ pub(crate) async fn node_with(model: &str, change: impl FnOnce(&mut NodeConfig))
         bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         name: format!("node-{model}"),
         models: vec![model.to_owned()],
-        record_bodies: true,
         ..NodeConfig::instant()
     };
     change(&mut config);

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::harness::client::at_once;
 use crate::harness::{
-    ALICE, Answer, Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, fault, node,
-    usage_event,
+    ALICE, Answer, Conf, DONE, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, fault,
+    node, usage_event,
 };
 
 const PATH: &str = "/v1/chat/completions";
@@ -221,7 +221,9 @@ async fn a_shadow_limit_counts_and_never_refuses() {
         let answer = gw.post(PATH).key("bob-secret-key").json(&chat("hi")).send().await.expect(200);
         assert_eq!(answer.number("x-ratelimit-limit-requests"), 100.0, "clients are told of limits that bind");
     }
-    let shadowed = gw.metric("tollgate_limit_decisions_total", &[("dimension", "requests_per_minute"), ("decision", "shadow")]).await;
+    let shadowed = gw
+        .metric("tollgate_limit_decisions_total", &[("dimension", "requests_per_minute"), ("decision", "shadow")])
+        .await;
     assert_eq!(shadowed, 2.0);
 }
 

@@ -8,7 +8,9 @@ use crate::harness::{ALICE, Conf, Gateway, RawNode, Refused, Rng, Upcall, named,
 
 /// A gateway with one pass route for everything.
 async fn gateway(url: &str, pass: &str, more: &str) -> Gateway {
-    let route = format!("{{ name: web, match: {{ prefix: / }}, pass: {{ upstream: web{pass} }}, filters: {{ auth: off }}{more} }}");
+    let route = format!(
+        "{{ name: web, match: {{ prefix: / }}, pass: {{ upstream: web{pass} }}, filters: {{ auth: off }}{more} }}"
+    );
     Gateway::with(&Conf::new().upstream("web", &[url], "dialect: none").route(&route)).await
 }
 
@@ -62,7 +64,8 @@ async fn a_download_reaches_the_client_while_it_is_still_being_sent() {
 async fn large_bodies_pass_whole_in_both_directions() {
     let near = RawNode::answering(|mut call: Upcall| async move {
         let body = std::mem::take(&mut call.request.body);
-        call.write(format!("HTTP/1.1 200 OK\r\nx-sha256: {}\r\ncontent-length: {}\r\n\r\n", sha256(&body), body.len())).await;
+        call.write(format!("HTTP/1.1 200 OK\r\nx-sha256: {}\r\ncontent-length: {}\r\n\r\n", sha256(&body), body.len()))
+            .await;
         call.write(body).await;
         Some(call)
     })
@@ -204,7 +207,11 @@ async fn what_the_node_answers_is_passed_on_as_it_is() {
     let near = RawNode::start().await;
     let gw = gateway(&near.url(), "", "").await;
     for (head, body, status) in [
-        ("HTTP/1.1 302 Found\r\nlocation: /signin\r\nset-cookie: a=1\r\nset-cookie: b=2\r\ncontent-length: 0\r\n\r\n", "", 302),
+        (
+            "HTTP/1.1 302 Found\r\nlocation: /signin\r\nset-cookie: a=1\r\nset-cookie: b=2\r\ncontent-length: 0\r\n\r\n",
+            "",
+            302,
+        ),
         ("HTTP/1.1 404 Not Found\r\ncontent-type: text/html\r\ncontent-length: 4\r\n\r\n", "gone", 404),
         ("HTTP/1.1 500 Oops\r\ncontent-type: text/html\r\ncontent-length: 4\r\n\r\n", "oops", 500),
         ("HTTP/1.1 204 No Content\r\n\r\n", "", 204),

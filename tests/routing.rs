@@ -100,7 +100,8 @@ async fn routes_are_told_apart_by_host_header_and_query() {
 
 #[tokio::test]
 async fn a_known_path_with_another_method_is_405_and_names_the_right_ones() {
-    let town = Town::with(&[&pass("post", "path: /thing, method: [POST, PUT]", "a"), &pass("other", "path: /x", "b")]).await;
+    let town =
+        Town::with(&[&pass("post", "path: /thing, method: [POST, PUT]", "a"), &pass("other", "path: /x", "b")]).await;
     let answer = town.gw.get("/thing").send().await;
     assert_eq!(answer.refusal(), (405, "method_not_allowed".into()));
     let mut allowed: Vec<&str> = answer.header("allow").split(',').map(str::trim).collect();
@@ -111,7 +112,11 @@ async fn a_known_path_with_another_method_is_405_and_names_the_right_ones() {
 
 #[tokio::test]
 async fn a_method_that_a_later_route_takes_is_not_refused() {
-    let town = Town::with(&[&pass("post", "path: /thing, method: [POST]", "a"), &pass("get", "path: /thing, method: [GET]", "b")]).await;
+    let town = Town::with(&[
+        &pass("post", "path: /thing, method: [POST]", "a"),
+        &pass("get", "path: /thing, method: [GET]", "b"),
+    ])
+    .await;
     assert_eq!(town.node("/thing").await, "b");
     assert_eq!(town.gw.post("/thing").bytes("x").send().await.expect(200).json()["node"], "a");
 }
@@ -173,10 +178,14 @@ async fn no_odd_spelling_of_a_path_reaches_another_route() {
 async fn an_encoded_slash_or_dot_is_no_way_around_an_exact_call_route() {
     let near = node("qwen").await;
     let gw = Gateway::with(&Conf::serving("qwen", &[near.url()])).await;
-    for target in ["/v1%2fchat/completions", "/v1//chat/completions", "/v1/./chat/completions", "/v1/chat/completions/"] {
+    for target in ["/v1%2fchat/completions", "/v1//chat/completions", "/v1/./chat/completions", "/v1/chat/completions/"]
+    {
         let answer = gw.post(target).key(WENDY).json(&chat("hello")).send().await;
         let (status, code) = answer.refusal();
-        assert!(matches!((status, code.as_str()), (400, "invalid_path") | (404, "not_found")), "{target}: {status} {code}");
+        assert!(
+            matches!((status, code.as_str()), (400, "invalid_path") | (404, "not_found")),
+            "{target}: {status} {code}"
+        );
     }
     assert!(near.requests().is_empty());
 }

@@ -20,13 +20,30 @@ async fn run(script: &str, gw: &Gateway) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk").join(script);
     let mut command = Command::new("timeout");
     command.arg("60").arg(python()).arg("-B").arg(file);
-    command.env("TOLLGATE_URL", gw.url()).env("TOLLGATE_KEY", WENDY).env("TOLLGATE_FREE_KEY", ALICE).env("NO_PROXY", "*");
-    for name in ["OPENAI_API_KEY", "OPENAI_BASE_URL", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"] {
+    command
+        .env("TOLLGATE_URL", gw.url())
+        .env("TOLLGATE_KEY", WENDY)
+        .env("TOLLGATE_FREE_KEY", ALICE)
+        .env("NO_PROXY", "*");
+    for name in [
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ] {
         command.env_remove(name);
     }
     let output = tokio::task::spawn_blocking(move || command.output()).await.expect("a task").expect("the script runs");
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && stdout.trim_end().ends_with("ok"), "{script}: {}\n{stdout}\n{stderr}", output.status);
+    assert!(
+        output.status.success() && stdout.trim_end().ends_with("ok"),
+        "{script}: {}\n{stdout}\n{stderr}",
+        output.status
+    );
 }
 
 /// A gateway with models `chat` and `embed` on one node of human speed.
@@ -99,7 +116,8 @@ async fn the_scripts_are_all_run() {
         .filter(|name| name.ends_with(".py"))
         .collect();
     scripts.sort();
-    let known = ["cancel.py", "chat.py", "embeddings.py", "errors.py", "gateway.py", "models.py", "stream.py", "tools.py"];
+    let known =
+        ["cancel.py", "chat.py", "embeddings.py", "errors.py", "gateway.py", "models.py", "stream.py", "tools.py"];
     assert_eq!(scripts, known);
     let mut version = Command::new(python());
     version.args(["-c", "import openai; print(openai.__version__)"]);

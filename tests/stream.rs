@@ -18,9 +18,21 @@ const PATH: &str = "/v1/chat/completions";
 fn recorded() -> Bytes {
     let mut text = String::from(": vllm says hello\n\nretry: 3000\n\n");
     text.push_str("data: {\"id\":\"chatcmpl-1\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n");
-    for (turn, word) in ["The", " cost", " of", " größte", " 中文", " 😀", " \"quoted\"", " back\\slash", "\n\n", " data: [DONE]", " fin"]
-        .into_iter()
-        .enumerate()
+    for (turn, word) in [
+        "The",
+        " cost",
+        " of",
+        " größte",
+        " 中文",
+        " 😀",
+        " \"quoted\"",
+        " back\\slash",
+        "\n\n",
+        " data: [DONE]",
+        " fin",
+    ]
+    .into_iter()
+    .enumerate()
     {
         let chunk = json!({
             "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "chat",
@@ -33,7 +45,9 @@ fn recorded() -> Bytes {
             _ => text.push_str(&format!("event: message\r\nid: {turn}\r\ndata: {chunk}\r\n\r\n")),
         }
     }
-    text.push_str("data: {\"id\":\"chatcmpl-1\",\ndata: \"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n");
+    text.push_str(
+        "data: {\"id\":\"chatcmpl-1\",\ndata: \"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n",
+    );
     text.push_str(&usage_event(11, 13));
     text.push_str(DONE);
     text.into()
@@ -136,13 +150,16 @@ fn usages(answer: &Answer) -> Vec<Value> {
 async fn include_usage_is_asked_of_the_node_and_hidden_from_a_client_that_did_not_ask() {
     let near = node("qwen").await;
     let gw = Gateway::with(&Conf::serving("qwen", &[near.url()])).await;
-    for options in [None, Some(json!(null)), Some(json!({})), Some(json!({ "include_usage": false })), Some(json!({ "x": 1 }))] {
+    for options in
+        [None, Some(json!(null)), Some(json!({})), Some(json!({ "include_usage": false })), Some(json!({ "x": 1 }))]
+    {
         let mut body = chat_stream("hi");
         if let Some(options) = &options {
             body["stream_options"] = options.clone();
         }
         let answer = gw.post(PATH).key(WENDY).json(&body).send().await.expect(200);
-        let sent: Value = serde_json::from_slice(&near.requests().pop().and_then(|seen| seen.body).expect("a body")).expect("JSON");
+        let sent: Value =
+            serde_json::from_slice(&near.requests().pop().and_then(|seen| seen.body).expect("a body")).expect("JSON");
         assert_eq!(sent["stream_options"]["include_usage"], true, "{options:?}");
         if options == Some(json!({ "x": 1 })) {
             assert_eq!(sent["stream_options"]["x"], 1);
@@ -150,7 +167,10 @@ async fn include_usage_is_asked_of_the_node_and_hidden_from_a_client_that_did_no
         assert!(!answer.text().contains("usage"), "{options:?}: {}", answer.text());
         let events = answer.events();
         assert_eq!(events.iter().filter(|event| event.delta().is_some()).count(), 8, "all eight tokens");
-        assert!(events.iter().all(|event| event.data == "[DONE]" || event.json()["choices"] != json!([])), "an extra chunk");
+        assert!(
+            events.iter().all(|event| event.data == "[DONE]" || event.json()["choices"] != json!([])),
+            "an extra chunk"
+        );
         assert_eq!(events.last().expect("events").data, "[DONE]");
         let line = gw.logged(answer.header("x-request-id")).await;
         assert_eq!((&line["output_tokens"], &line["usage_source"]), (&json!(8), &json!("upstream")), "still counted");
@@ -179,7 +199,9 @@ async fn a_null_usage_in_each_chunk_is_removed_too() {
     let asked = tokio::spawn(gw.post(PATH).key(WENDY).json(&chat_stream("hi")).send());
     let mut call = near.call().await;
     let chunk = |text: &str, usage: &str| {
-        format!("data: {{\"id\":\"a\", \"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}]{usage}, \"z\":1.50}}\n\n")
+        format!(
+            "data: {{\"id\":\"a\", \"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}]{usage}, \"z\":1.50}}\n\n"
+        )
     };
     let null = ", \"usage\": null";
     let body = format!("{}{}{}{DONE}", chunk("one", null), chunk("\\\"usage\\\":null", null), usage_event(3, 2));
@@ -286,7 +308,8 @@ async fn a_body_by_connection_close_is_streamed_as_well() {
     let asked = tokio::spawn(gw.post(PATH).key(WENDY).json(&chat_stream("hi")).send());
     let mut call = near.call().await;
     let events = format!("{}{}{DONE}", chunk_event("one"), chunk_event("two"));
-    call.write(format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n{events}")).await;
+    call.write(format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n{events}"))
+        .await;
     drop(call);
     let answer = asked.await.expect("a task").expect(200);
     assert!(answer.clean());

@@ -105,8 +105,13 @@ impl fmt::Display for Conf {
             writeln!(f, "  admin: {{ bind: \"127.0.0.1:0\" }}")?;
         }
         self.server.iter().try_for_each(|line| writeln!(f, "  {line}"))?;
-        let sections =
-            [("tiers", "", &self.tiers), ("keys", "- ", &self.keys), ("upstreams", "", &self.upstreams), ("models", "", &self.models), ("routes", "- ", &self.routes)];
+        let sections = [
+            ("tiers", "", &self.tiers),
+            ("keys", "- ", &self.keys),
+            ("upstreams", "", &self.upstreams),
+            ("models", "", &self.models),
+            ("routes", "- ", &self.routes),
+        ];
         for (name, dash, lines) in sections {
             if !lines.is_empty() {
                 writeln!(f, "{name}:")?;

@@ -24,7 +24,7 @@ pub(crate) struct Gateway {
     admin: SocketAddr,
     stdout: Lines,
     stderr: Lines,
-    home: TempDir,
+    _home: TempDir,
 }
 
 /// A `tollgate` command with a clean environment.
@@ -100,7 +100,7 @@ impl Gateway {
             let ready = lines.iter().any(|line| line.split_whitespace().any(|word| word.contains("ready")));
             if ready && !data.is_empty() && (!admin.is_empty() || !with_admin) {
                 let admin = admin.first().copied().unwrap_or_else(|| data[0]);
-                return Self { child, data, admin, stdout, stderr, home };
+                return Self { child, data, admin, stdout, stderr, _home: home };
             }
             if gone.is_some() || Instant::now() > deadline {
                 let _ = child.kill();
@@ -127,11 +127,6 @@ impl Gateway {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
-    }
-
-    /// The directory that it runs in.
-    pub(crate) fn home(&self) -> &std::path::Path {
-        self.home.path()
     }
 
     pub(crate) fn request(&self, method: &str, target: &str) -> Request {
@@ -270,4 +265,15 @@ fn sample(line: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         set.split(',').any(|part| part == pair)
     };
     if labels.iter().all(has) { value.split_whitespace().next()?.parse().ok() } else { None }
+}
+
+#[test]
+fn samples_are_told_apart_by_name_and_labels() {
+    let line = "tollgate_x_total{route=\"a,b\",key=\"k\"} 2.5";
+    assert_eq!(sample(line, "tollgate_x_total", &[]), Some(2.5));
+    assert_eq!(sample(line, "tollgate_x_total", &[("key", "k")]), Some(2.5));
+    assert_eq!(sample(line, "tollgate_x_total", &[("key", "other")]), None);
+    assert_eq!(sample(line, "tollgate_x", &[]), None);
+    assert_eq!(sample("tollgate_y 3", "tollgate_y", &[]), Some(3.0));
+    assert_eq!(sample("# TYPE tollgate_y gauge", "tollgate_y", &[]), None);
 }

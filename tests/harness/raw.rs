@@ -101,8 +101,8 @@ impl Inbox {
         self.until(stream, b"\r\n\r\n").await.map(|head| Seen::parse(&head))
     }
 
-    /// Reads the body by its framing; `to_the_end` if neither length nor chunks are given.
-    async fn body(&mut self, stream: &mut TcpStream, seen: &mut Seen, to_the_end: bool) {
+    /// Reads the body by its framing; `until_close` if neither length nor chunks are given.
+    async fn body(&mut self, stream: &mut TcpStream, seen: &mut Seen, until_close: bool) {
         if seen.header("transfer-encoding").eq_ignore_ascii_case("chunked") {
             loop {
                 let Some(size) = self.until(stream, b"\r\n").await else { return };
@@ -119,7 +119,7 @@ impl Inbox {
         }
         if let Ok(length) = seen.header("content-length").parse() {
             seen.complete = self.exactly(stream, length, &mut seen.body).await;
-        } else if to_the_end {
+        } else if until_close {
             while self.more(stream).await {}
             seen.body.append(&mut self.bytes);
             seen.complete = true;
@@ -161,7 +161,7 @@ impl RawClient {
     }
 
     /// Everything until the other side closes.
-    pub(crate) async fn to_the_end(&mut self) -> Vec<u8> {
+    pub(crate) async fn read_to_close(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         // A reset is an end as well: what came before it counts.
         let _ = in_time("the connection to close", self.stream.read_to_end(&mut bytes)).await;
