@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::harness::{Conf, Gateway, Refused, Rng, WENDY, chat, fault, node, sha256};
+use crate::harness::{Conf, Gateway, Refused, Rng, WENDY, chat, eventually, fault, node, sha256};
 
 const PATH: &str = "/v1/chat/completions";
 const MIB: usize = 1024 * 1024;
@@ -131,4 +131,32 @@ async fn a_large_prompt_that_stops_half_way_frees_what_it_held() {
     gw.settles("tollgate_reservations_inflight", &[], 0.0).await;
     request(&gw, &body, Framing::Length).send().await.expect(200);
     assert_eq!(good.requests().len(), 1, "half a body is no call");
+}
+
+/// All buffered bodies together are bound; what is over is refused and may come again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_over_the_common_budget_are_refused_until_others_are_gone() {
+    let good = node("chat").await;
+    let gw = Gateway::with(&Conf::serving("chat", &[good.url()]).server("limits: { buffered_bytes: 1MiB }")).await;
+    let body = prompt(MIB - 150_000);
+    let mut client = gw.raw().await;
+    client
+        .write(format!(
+            "POST {PATH} HTTP/1.1\r\nhost: gw\r\nauthorization: Bearer {WENDY}\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n",
+            body.len()
+        ))
+        .await;
+    client.write(&body[..body.len() - 10]).await;
+    eventually("the budget to be used up", || async {
+        let answer = request(&gw, &body, Framing::Chunked).send().await;
+        if answer.status() == 503 {
+            assert_eq!(answer.refusal(), (503, "overloaded".into()));
+            assert!(answer.number("retry-after") >= 1.0);
+        }
+        answer.status() == 503
+    })
+    .await;
+    assert_eq!(client.ask(&body[body.len() - 10..]).await.status(), 200, "the first one is not harmed");
+    request(&gw, &body, Framing::Chunked).send().await.expect(200);
 }
