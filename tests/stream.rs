@@ -57,7 +57,7 @@ fn recorded() -> Bytes {
 fn cut(bytes: &Bytes, seed: u64) -> Vec<Bytes> {
     let mut rng = Rng::new(seed);
     let most = match seed % 10 {
-        0 if seed % 100 == 0 => 3,
+        0 if seed.is_multiple_of(100) => 3,
         1 => bytes.len() / 40,
         _ => bytes.len() / 4,
     };
