@@ -1,1 +1,21 @@
-//! Black-box tests of the gateway.
+//! Black-box tests of the gateway: the real binary over real sockets, one file per subject.
+//! What is tested is what a user sees.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::large_futures, reason = "a test's future may be as large as it likes")]
+
+mod harness;
+
+mod admin;
+mod auth;
+mod big_bodies;
+mod call;
+mod cancel;
+mod cli;
+mod fallback;
+mod itself;
+mod limits;
+mod models;
+mod pass;
+mod routing;
+mod sdk;
+mod stream;
