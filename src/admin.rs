@@ -23,7 +23,7 @@ use crate::runtime::{Callee, Lane, Route};
 
 /// Who may use the admin port.
 #[derive(Clone)]
-pub struct Access {
+pub(crate) struct Access {
     /// The token asked for, if one is set.
     pub token: Option<Secret>,
     /// Whether `/metrics` is open all the same.
@@ -40,7 +40,7 @@ struct Admin {
 ///
 /// # Errors
 /// What the listener says.
-pub async fn serve(listener: TcpListener, gateway: Arc<Gateway>, access: Access) -> io::Result<()> {
+pub(crate) async fn serve(listener: TcpListener, gateway: Arc<Gateway>, access: Access) -> io::Result<()> {
     let admin = Admin { gateway, access };
     let guarded = Router::new()
         .route("/api/status", get(status))

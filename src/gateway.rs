@@ -14,7 +14,7 @@ use tollgate_filters::metrics::Metrics;
 use crate::runtime::Runtime;
 
 /// The process's shared state.
-pub struct Gateway {
+pub(crate) struct Gateway {
     /// What the present configuration makes; swapped whole on reload.
     pub live: ArcSwap<Runtime>,
     /// Connections of the call lane to upstreams.
@@ -39,19 +39,19 @@ pub struct Gateway {
 
 impl Gateway {
     /// Counts a request in until the guard is dropped.
-    pub fn enter(self: &Arc<Self>) -> Open {
+    pub(crate) fn enter(self: &Arc<Self>) -> Open {
         self.open.fetch_add(1, Ordering::AcqRel);
         Open(Arc::clone(self))
     }
 
     /// Whether the process is about to end.
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 }
 
 /// A request being served; dropping it counts it out.
-pub struct Open(Arc<Gateway>);
+pub(crate) struct Open(Arc<Gateway>);
 
 impl Drop for Open {
     fn drop(&mut self) {
@@ -61,31 +61,31 @@ impl Drop for Open {
 
 /// A cap on the bytes of all buffered bodies together.
 #[derive(Debug)]
-pub struct ByteBudget {
+pub(crate) struct ByteBudget {
     most: u64,
     used: AtomicU64,
 }
 
 impl ByteBudget {
     /// A budget of that many bytes.
-    pub fn new(most: u64) -> Arc<Self> {
+    pub(crate) fn new(most: u64) -> Arc<Self> {
         Arc::new(Self { most, used: AtomicU64::new(0) })
     }
 
     /// Bytes in use.
-    pub fn used(&self) -> u64 {
+    pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
     /// An empty share that may grow.
-    pub fn share(self: &Arc<Self>) -> ByteShare {
+    pub(crate) fn share(self: &Arc<Self>) -> ByteShare {
         ByteShare { budget: Arc::clone(self), bytes: 0 }
     }
 }
 
 /// Bytes that one body holds of the budget; dropping it gives them back.
 #[derive(Debug)]
-pub struct ByteShare {
+pub(crate) struct ByteShare {
     budget: Arc<ByteBudget>,
     bytes: u64,
 }
@@ -95,7 +95,7 @@ impl ByteShare {
     ///
     /// # Errors
     /// `overloaded` if the budget has not that many left.
-    pub fn grow(&mut self, bytes: usize) -> Result<(), GatewayError> {
+    pub(crate) fn grow(&mut self, bytes: usize) -> Result<(), GatewayError> {
         let bytes = bytes as u64;
         let before = self.budget.used.fetch_add(bytes, Ordering::Relaxed);
         if before.saturating_add(bytes) > self.budget.most {

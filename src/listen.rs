@@ -2,7 +2,7 @@
 //! service does not: the bound port of `:0`, connection caps, a deadline for the whole request header, and an end of
 //! the process as soon as the last request is over.
 
-pub mod client_io;
+pub(crate) mod client_io;
 
 use std::collections::HashMap;
 use std::io;
@@ -33,7 +33,7 @@ const KEEPALIVE: u64 = 60;
 
 /// Caps on connections, from `server.limits`.
 #[derive(Debug, Clone, Copy)]
-pub struct Caps {
+pub(crate) struct Caps {
     /// Connections altogether.
     pub connections: usize,
     /// Connections from one address.
@@ -46,7 +46,7 @@ pub struct Caps {
 ///
 /// # Errors
 /// What the operating system says, with the address.
-pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"));
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(named)?;
     socket.set_reuse_address(true).map_err(named)?;
@@ -60,7 +60,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 ///
 /// # Errors
 /// Says which file is missing or holds no certificate or key.
-pub fn acceptor(cert: &str, key: &str) -> Result<Arc<Acceptor>, String> {
+pub(crate) fn acceptor(cert: &str, key: &str) -> Result<Arc<Acceptor>, String> {
     let mut settings = TlsSettings::intermediate(cert, key).map_err(|e| e.to_string())?;
     settings.set_certificate_chain_file(cert).map_err(|e| format!("certificate {cert}: {e}"))?;
     settings.set_private_key_file(key).map_err(|e| format!("key {key}: {e}"))?;
@@ -115,7 +115,7 @@ impl Drop for Place {
 }
 
 /// One listening socket with what each of its connections needs.
-pub struct Listening {
+pub(crate) struct Listening {
     /// The socket.
     pub listener: TcpListener,
     /// Certificate and key, on a TLS listener.
@@ -125,7 +125,7 @@ pub struct Listening {
 }
 
 /// Accepts connections until `shutdown` turns true; connections already accepted go on.
-pub async fn serve(listening: Vec<Listening>, app: Arc<HttpProxy<Proxy>>, shutdown: ShutdownWatch) {
+pub(crate) async fn serve(listening: Vec<Listening>, app: Arc<HttpProxy<Proxy>>, shutdown: ShutdownWatch) {
     let census = Arc::new(Census::default());
     let mut loops = tokio::task::JoinSet::new();
     for one in listening {

@@ -7,16 +7,16 @@
 //! - `pass` the pass lane, Pingora's stock loop
 //! - `upstream` heads and errors toward nodes; `reply` our own answers; `record` log and metrics
 
-pub mod attempt;
-pub mod body;
-pub mod call;
-pub mod intake;
-pub mod own;
-pub mod pass;
-pub mod record;
-pub mod relay;
-pub mod reply;
-pub mod upstream;
+pub(crate) mod attempt;
+pub(crate) mod body;
+pub(crate) mod call;
+pub(crate) mod intake;
+pub(crate) mod own;
+pub(crate) mod pass;
+pub(crate) mod record;
+pub(crate) mod relay;
+pub(crate) mod reply;
+pub(crate) mod upstream;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,13 +38,13 @@ use call::Outcome;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The data port.
-pub struct Proxy {
+pub(crate) struct Proxy {
     /// What all requests share.
     pub gateway: Arc<Gateway>,
 }
 
 /// One request on its way through Pingora's hooks.
-pub struct Ctx {
+pub(crate) struct Ctx {
     /// What all requests share.
     pub gateway: Arc<Gateway>,
     /// The configuration that this request began with, and ends with.

@@ -2,7 +2,7 @@
 //! the runtime it began with; node state and counters live outside and are carried over.
 
 mod build;
-pub mod resolve;
+pub(crate) mod resolve;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -19,10 +19,10 @@ use tollgate_filters::route::Router;
 use tollgate_filters::upstream::Upstream;
 
 use crate::config::{Allowed, Cidr, Document};
-pub use build::build;
+pub(crate) use build::build;
 
 /// A configuration at work.
-pub struct Runtime {
+pub(crate) struct Runtime {
     /// Counts up with each configuration that took effect; the first is 1.
     pub generation: u64,
     /// Hash of the configuration's text.
@@ -55,18 +55,18 @@ pub struct Runtime {
 
 impl Runtime {
     /// Whether a peer may set `X-Forwarded-*`.
-    pub fn trusts(&self, peer: IpAddr) -> bool {
+    pub(crate) fn trusts(&self, peer: IpAddr) -> bool {
         self.trusted.iter().any(|net| net.contains(peer))
     }
 
     /// Metric handles of a node.
-    pub fn node(&self, upstream: &Arc<str>, node: &Arc<str>) -> Option<&NodeMetrics> {
+    pub(crate) fn node(&self, upstream: &Arc<str>, node: &Arc<str>) -> Option<&NodeMetrics> {
         self.nodes.get(&(Arc::clone(upstream), Arc::clone(node)))
     }
 }
 
 /// A route with its filters and its lane.
-pub struct Route {
+pub(crate) struct Route {
     /// Its name in the configuration.
     pub name: Arc<str>,
     /// In which dialect its errors are told.
@@ -85,13 +85,13 @@ pub struct Route {
 
 impl Route {
     /// Whether it stands in the configuration, and is not one of the gateway's own answers.
-    pub fn is_configured(&self) -> bool {
+    pub(crate) fn is_configured(&self) -> bool {
         !matches!(self.lane, Lane::Own)
     }
 }
 
 /// What becomes of a route's requests.
-pub enum Lane {
+pub(crate) enum Lane {
     /// Answered by the gateway itself.
     Own,
     /// A call: body read, model looked up, attempt after attempt.
@@ -101,7 +101,7 @@ pub enum Lane {
 }
 
 /// Who answers the calls of a route.
-pub enum Callee {
+pub(crate) enum Callee {
     /// The model that the body names, of these.
     Models(Allowed),
     /// One upstream, whatever the body says.
@@ -109,7 +109,7 @@ pub enum Callee {
 }
 
 /// A route of the pass lane.
-pub struct Pass {
+pub(crate) struct Pass {
     /// Where requests go.
     pub upstream: Arc<Upstream>,
     /// Whether WebSocket upgrades are taken.
@@ -120,7 +120,7 @@ pub struct Pass {
 
 /// What outlives a configuration and is handed to the next one.
 #[derive(Clone)]
-pub struct Lasting {
+pub(crate) struct Lasting {
     /// The ledger.
     pub ledger: Ledger,
     /// All metrics.
@@ -128,7 +128,7 @@ pub struct Lasting {
 }
 
 /// A checked document with what `build` needs to know of where it came from.
-pub struct Checked<'a> {
+pub(crate) struct Checked<'a> {
     /// The document.
     pub document: &'a Document,
     /// Hash of its text.

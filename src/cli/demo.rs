@@ -9,7 +9,6 @@ use tollgate_filters::config::Process;
 use tollgate_load::dify::{DifyApp, DifyConfig};
 use tollgate_load::node::{Node, NodeConfig};
 
-use crate::cli::check;
 use crate::{config, server};
 
 const DEMO: &str = include_str!("../../conf/demo.yaml");

@@ -31,7 +31,7 @@ tokio::task_local! {
 
 /// What a connection waits for, and until when.
 #[derive(Debug)]
-pub struct Phase {
+pub(crate) struct Phase {
     header_timeout: Duration,
     idle_timeout: Duration,
     now: Mutex<Wait>,
@@ -49,17 +49,17 @@ enum Wait {
 
 impl Phase {
     /// A fresh connection: its first header is due.
-    pub fn new(header_timeout: Duration, idle_timeout: Duration) -> Self {
+    pub(crate) fn new(header_timeout: Duration, idle_timeout: Duration) -> Self {
         Self { header_timeout, idle_timeout, now: Mutex::new(Wait::Header(Instant::now() + header_timeout)) }
     }
 
     /// A request header has arrived whole.
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         *self.now.lock() = Wait::Open;
     }
 
     /// The connection waits for its next request.
-    pub fn idle(&self) {
+    pub(crate) fn idle(&self) {
         *self.now.lock() = Wait::Idle(Instant::now() + self.idle_timeout);
     }
 
@@ -79,12 +79,12 @@ impl Phase {
 }
 
 /// Marks the header of the current HTTP/1 request as arrived; does nothing on HTTP/2.
-pub fn header_arrived() {
+pub(crate) fn header_arrived() {
     let _ = CONNECTION.try_with(|phase| phase.open());
 }
 
 /// The connection itself.
-pub struct ClientIo {
+pub(crate) struct ClientIo {
     io: BufWriter<TcpStream>,
     phase: Arc<Phase>,
     timer: Option<Pin<Box<Sleep>>>,
@@ -94,7 +94,7 @@ pub struct ClientIo {
 
 impl ClientIo {
     /// Takes over an accepted connection.
-    pub fn new(tcp: TcpStream, peer: SocketAddr, phase: Arc<Phase>) -> Self {
+    pub(crate) fn new(tcp: TcpStream, peer: SocketAddr, phase: Arc<Phase>) -> Self {
         let fd = tcp.as_raw_fd();
         let digest = SocketDigest::from_raw_fd(fd);
         let _ = digest.peer_addr.set(Some(peer.into()));

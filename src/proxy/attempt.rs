@@ -31,7 +31,7 @@ const DRAIN_TIME: Duration = Duration::from_millis(200);
 
 /// Why an attempt brought no answer.
 #[derive(Debug)]
-pub enum End {
+pub(crate) enum End {
     /// The node failed.
     Failed(Failure),
     /// The client left meanwhile.
@@ -39,7 +39,7 @@ pub enum End {
 }
 
 /// What all attempts of a call send: the body as the client wrote it, and its last rewritten form.
-pub struct Dispatch {
+pub(crate) struct Dispatch {
     body: Bytes,
     rewritten: Option<(std::sync::Arc<str>, Bytes)>,
     forwarded: Forwarded,
@@ -47,7 +47,7 @@ pub struct Dispatch {
 
 impl Dispatch {
     /// Prepares the attempts of a call.
-    pub fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
+    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
         Self { body, rewritten: None, forwarded: call::forwarded(client, ctx) }
     }
 
@@ -67,7 +67,7 @@ impl Dispatch {
 }
 
 /// An answer that may be shown, with its beginning.
-pub struct Answer {
+pub(crate) struct Answer {
     /// The upstream's side.
     pub up: HttpSession,
     /// Under which its connection goes back into the pool.
@@ -98,7 +98,7 @@ pub struct Answer {
 ///
 /// # Errors
 /// The failure of the node, or that the client left.
-pub async fn run(
+pub(crate) async fn run(
     client: &mut ServerSession,
     ctx: &mut Ctx,
     request: &mut Dispatch,
@@ -124,7 +124,7 @@ pub async fn run(
         reservation.dispatched();
     }
     let mut fresh = false;
-    let (mut up, peer) = loop {
+    let (up, peer) = loop {
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
         let connecting = ctx.gateway.connector.get_http_session(&peer);
         let connected = race(client, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;

@@ -22,7 +22,7 @@ const TRUSTED_LENGTH: u64 = 1 << 20;
 ///
 /// # Errors
 /// `unsupported_media_type`, `expectation_failed`.
-pub fn check_headers(headers: &HeaderMap) -> Result<()> {
+pub(crate) fn check_headers(headers: &HeaderMap) -> Result<()> {
     if headers.get(EXPECT).is_some_and(|v| !v.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         return Err(GatewayError::ExpectationFailed);
     }
@@ -53,7 +53,7 @@ fn is_json(kind: &HeaderValue) -> bool {
 ///
 /// # Errors
 /// `body_too_large` (at once, where the length is declared), `overloaded`, `request_timeout`; `None` if the client left.
-pub async fn read(client: &mut ServerSession, cap: u64, share: &mut ByteShare) -> Result<Option<Bytes>> {
+pub(crate) async fn read(client: &mut ServerSession, cap: u64, share: &mut ByteShare) -> Result<Option<Bytes>> {
     let declared = client.get_header(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
     if declared.is_some_and(|length| length > cap) {
         return Err(GatewayError::BodyTooLarge { limit: cap });

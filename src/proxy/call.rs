@@ -29,7 +29,7 @@ const SHORT_WAIT: Duration = Duration::from_secs(2);
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// An answer was sent whole.
     Answered,
     /// The client left before the end.
@@ -39,7 +39,7 @@ pub enum Outcome {
 }
 
 /// Serves a call from its body to the end of its answer.
-pub async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Callee) -> Outcome {
+pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Callee) -> Outcome {
     let mut share = ctx.gateway.buffered.share();
     let body = match read_body(client, ctx, &mut share).await {
         Ok(Some(body)) => body,
@@ -259,6 +259,6 @@ async fn wait(client: &mut ServerSession, pause: Duration) -> Outcome {
 }
 
 /// What nodes are told of the client; made once per call.
-pub fn forwarded(client: &ServerSession, ctx: &Ctx) -> upstream::Forwarded {
+pub(crate) fn forwarded(client: &ServerSession, ctx: &Ctx) -> upstream::Forwarded {
     super::pass::forwarded(client, ctx)
 }

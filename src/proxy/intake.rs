@@ -27,7 +27,7 @@ const MAX_FIELDS: usize = 100;
 ///
 /// # Errors
 /// The refusal to send.
-pub async fn arrive(client: &mut ServerSession, ctx: &mut Ctx) -> Result<Flow> {
+pub(crate) async fn arrive(client: &mut ServerSession, ctx: &mut Ctx) -> Result<Flow> {
     let runtime = Arc::clone(&ctx.runtime);
     check_head(client, &runtime)?;
     canonicalise(client.req_header_mut())?;
@@ -44,7 +44,7 @@ pub async fn arrive(client: &mut ServerSession, ctx: &mut Ctx) -> Result<Flow> {
 }
 
 /// What is known before the route is: ids, address, time.
-pub fn arrival(client: &ServerSession, runtime: &Runtime) -> Exchange {
+pub(crate) fn arrival(client: &ServerSession, runtime: &Runtime) -> Exchange {
     let head = client.req_header();
     let client_ip = client_ip(client, &head.headers, runtime);
     let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -86,7 +86,7 @@ fn client_ip(client: &ServerSession, headers: &HeaderMap, runtime: &Runtime) -> 
 }
 
 /// Address of the other end of the connection.
-pub fn peer_ip(client: &ServerSession) -> IpAddr {
+pub(crate) fn peer_ip(client: &ServerSession) -> IpAddr {
     client.client_addr().and_then(|a| a.as_inet()).map_or(IpAddr::from([0, 0, 0, 0]), |a| a.ip())
 }
 
@@ -161,7 +161,7 @@ fn host_name(host: &str) -> &str {
 }
 
 /// The name in the request's `Host` or authority, lower case, without port.
-pub fn requested_host(head: &RequestHeader) -> String {
+pub(crate) fn requested_host(head: &RequestHeader) -> String {
     let host =
         head.headers.get(HOST).and_then(|v| v.to_str().ok()).or_else(|| head.uri.authority().map(|a| a.as_str()));
     host_name(host.unwrap_or_default()).to_ascii_lowercase()

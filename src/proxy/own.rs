@@ -12,7 +12,7 @@ use tollgate_filters::limit::{Plan, quota};
 use super::Ctx;
 
 /// Whether a path is one of ours.
-pub fn names(path: &str) -> bool {
+pub(crate) fn names(path: &str) -> bool {
     matches!(path, "/health" | "/v1/models" | "/v1/quota")
         || path.strip_prefix("/v1/models/").is_some_and(|id| !id.is_empty())
 }
@@ -21,7 +21,7 @@ pub fn names(path: &str) -> bool {
 ///
 /// # Errors
 /// `method_not_allowed`, `model_not_found`.
-pub async fn answer(head: &RequestHeader, ctx: &Ctx) -> Result<Reply> {
+pub(crate) async fn answer(head: &RequestHeader, ctx: &Ctx) -> Result<Reply> {
     if head.method != Method::GET && head.method != Method::HEAD {
         return Err(GatewayError::MethodNotAllowed { allow: "GET, HEAD".to_owned() });
     }

@@ -23,7 +23,7 @@ use super::{Ctx, intake, reply, upstream};
 use crate::runtime::Pass;
 
 /// State of one request in the pass lane.
-pub struct Passage {
+pub(crate) struct Passage {
     upstream: Arc<Upstream>,
     websocket: bool,
     preserve_host: bool,
@@ -37,7 +37,7 @@ pub struct Passage {
 
 impl Passage {
     /// When the request went on its way to an upstream.
-    pub fn began(&self) -> Instant {
+    pub(crate) fn began(&self) -> Instant {
         self.began
     }
 }
@@ -46,7 +46,7 @@ impl Passage {
 ///
 /// # Errors
 /// What Pingora says of the client's connection.
-pub async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pingora_core::Result<bool> {
+pub(crate) async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pingora_core::Result<bool> {
     let body_bytes = ctx.route.as_ref().and_then(|r| r.body_bytes);
     let declared =
         client.get_header(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
@@ -76,7 +76,7 @@ pub async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pi
 }
 
 /// What nodes are told of the client: the chain of a trusted proxy is kept, a stranger's is replaced.
-pub fn forwarded(client: &ServerSession, ctx: &Ctx) -> Forwarded {
+pub(crate) fn forwarded(client: &ServerSession, ctx: &Ctx) -> Forwarded {
     let head = client.req_header();
     let peer = intake::peer_ip(client);
     let trusted = ctx.runtime.trusts(peer);
@@ -116,7 +116,7 @@ fn asked_host(head: &RequestHeader) -> String {
 ///
 /// # Errors
 /// Status 503, if no node is left.
-pub fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
+pub(crate) fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
     let Some(passage) = &mut ctx.passage else { return Err(super::unset()) };
     let upstream = Arc::clone(&passage.upstream);
     let nodes: Vec<&Arc<Node>> =
@@ -155,7 +155,7 @@ fn ip_mark(ip: IpAddr) -> u64 {
 ///
 /// # Errors
 /// Status 413.
-pub fn request_body(ctx: &mut Ctx, body: Option<&Bytes>) -> pingora_core::Result<()> {
+pub(crate) fn request_body(ctx: &mut Ctx, body: Option<&Bytes>) -> pingora_core::Result<()> {
     let length = body.map_or(0, |b| b.len() as u64);
     ctx.exchange.tally.bytes_in += length;
     let Some(passage) = &mut ctx.passage else { return Ok(()) };
@@ -172,7 +172,7 @@ pub fn request_body(ctx: &mut Ctx, body: Option<&Bytes>) -> pingora_core::Result
 ///
 /// # Errors
 /// What cannot be written as a header.
-pub fn upstream_request(client: &ServerSession, head: &mut RequestHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
+pub(crate) fn upstream_request(client: &ServerSession, head: &mut RequestHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
     let Some(passage) = &ctx.passage else { return Err(super::unset()) };
     let Some((node, _)) = &passage.current else { return Err(super::unset()) };
     let spoofed: Vec<HeaderName> = head.headers.keys().filter(|name| is_gateway_header(name)).cloned().collect();
@@ -200,13 +200,13 @@ pub fn upstream_request(client: &ServerSession, head: &mut RequestHeader, ctx: &
 ///
 /// # Errors
 /// What cannot be written as a header.
-pub fn response(head: &mut ResponseHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
+pub(crate) fn response(head: &mut ResponseHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
     ctx.exchange.tally.status = head.status.as_u16();
     reply::decorate(head, ctx)
 }
 
 /// A node that cannot be reached: the next one is tried while there is one.
-pub fn connect_failed(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
+pub(crate) fn connect_failed(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     if let Some(passage) = &mut ctx.passage {
         if let Some((node, _)) = passage.current.take() {
             node.state.failed();
@@ -217,7 +217,7 @@ pub fn connect_failed(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
 }
 
 /// A connection that failed after it stood: tried again only if the node had closed a pooled one before it answered.
-pub fn failed(session: &Session, mut error: Box<Error>, reused: bool) -> Box<Error> {
+pub(crate) fn failed(session: &Session, mut error: Box<Error>, reused: bool) -> Box<Error> {
     let replayable = !session.as_downstream().retry_buffer_truncated() && session.response_written().is_none();
     let stale = reused && *error.esource() == ErrorSource::Upstream && upstream::is_stale(&error);
     error.set_retry(stale && replayable);
@@ -225,7 +225,7 @@ pub fn failed(session: &Session, mut error: Box<Error>, reused: bool) -> Box<Err
 }
 
 /// What the client is told of an error of Pingora's loop.
-pub fn client_error(error: &Error) -> GatewayError {
+pub(crate) fn client_error(error: &Error) -> GatewayError {
     match error.etype() {
         ErrorType::HTTPStatus(413) => GatewayError::BodyTooLarge { limit: 0 },
         ErrorType::HTTPStatus(503) => GatewayError::Unavailable(Unavailable::NoHealthyUpstream),

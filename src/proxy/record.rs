@@ -14,7 +14,7 @@ use super::call::Outcome;
 const CLIENT_LEFT: u16 = 499;
 
 /// Closes the books on a request.
-pub fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error>) {
+pub(crate) fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error>) {
     let took = ctx.started.elapsed();
     let left =
         ctx.outcome == Some(Outcome::ClientGone) || error.is_some_and(|e| *e.esource() == ErrorSource::Downstream);

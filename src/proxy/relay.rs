@@ -21,7 +21,7 @@ const LAST_CHUNK: Duration = Duration::from_secs(1);
 const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
 
 /// Shows the answer to the client and relays it to its end.
-pub async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
+pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
     note_first_token(ctx, &answer);
     let began = answer.dispatched;
     let outcome = match begin(client, ctx, &mut answer).await {

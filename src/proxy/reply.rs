@@ -20,7 +20,7 @@ const LINGER: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// What Pingora says of the connection.
-pub async fn send(client: &mut ServerSession, ctx: &mut Ctx, reply: Reply) -> pingora_core::Result<()> {
+pub(crate) async fn send(client: &mut ServerSession, ctx: &mut Ctx, reply: Reply) -> pingora_core::Result<()> {
     let mut head = ResponseHeader::build(reply.status, Some(16))?;
     for (name, value) in &reply.headers {
         head.append_header(name, value)?;
@@ -58,7 +58,7 @@ async fn linger(client: &mut ServerSession) {
 ///
 /// # Errors
 /// A header value that cannot be written.
-pub fn decorate(head: &mut ResponseHeader, ctx: &Ctx) -> pingora_core::Result<()> {
+pub(crate) fn decorate(head: &mut ResponseHeader, ctx: &Ctx) -> pingora_core::Result<()> {
     head.insert_header("x-request-id", ctx.exchange.arrival.request_id.header())?;
     if let Some(route) = &ctx.route {
         if route.is_configured() {
@@ -75,7 +75,7 @@ pub fn decorate(head: &mut ResponseHeader, ctx: &Ctx) -> pingora_core::Result<()
 ///
 /// # Errors
 /// What Pingora says of the connection.
-pub async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> pingora_core::Result<()> {
+pub(crate) async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> pingora_core::Result<()> {
     let face = error.face();
     ctx.exchange.tally.code = Some(face.code);
     let arrival = &ctx.exchange.arrival;

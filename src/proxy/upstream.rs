@@ -15,7 +15,7 @@ use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{Credential, Node, Upstream};
 
 /// Headers that speak of one connection only.
-pub const HOP_BY_HOP: [HeaderName; 9] = [
+pub(crate) const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -28,7 +28,7 @@ pub const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 /// Headers of which only the gateway may speak.
-pub fn is_gateway_header(name: &HeaderName) -> bool {
+pub(crate) fn is_gateway_header(name: &HeaderName) -> bool {
     let name = name.as_str();
     name.starts_with("x-tollgate-")
         || name.starts_with("x-forwarded-")
@@ -39,7 +39,7 @@ pub fn is_gateway_header(name: &HeaderName) -> bool {
 ///
 /// # Errors
 /// `connect`, if the host has no address.
-pub fn peer(node: &Node, upstream: &Upstream, fresh: bool) -> Result<HttpPeer, Failure> {
+pub(crate) fn peer(node: &Node, upstream: &Upstream, fresh: bool) -> Result<HttpPeer, Failure> {
     let addresses = node.addresses.load();
     let address = addresses.first().copied().ok_or_else(|| unresolved(node))?;
     Ok(peer_at(address, node, upstream, fresh))
@@ -68,7 +68,7 @@ fn peer_at(address: SocketAddr, node: &Node, upstream: &Upstream, fresh: bool) -
 
 /// What the gateway tells a node of the client.
 #[derive(Debug, Clone)]
-pub struct Forwarded {
+pub(crate) struct Forwarded {
     /// `X-Forwarded-For`, the peer included.
     pub chain: String,
     /// The client's address.
@@ -83,7 +83,7 @@ pub struct Forwarded {
 ///
 /// # Errors
 /// What cannot be written as a header, a defect.
-pub fn call_head(
+pub(crate) fn call_head(
     from: &RequestHeader,
     exchange: &Exchange,
     toward: (&Upstream, &Node, Option<&Credential>),
@@ -127,7 +127,7 @@ fn nominated(from: &RequestHeader) -> Vec<String> {
 ///
 /// # Errors
 /// A credential with characters that a header cannot carry.
-pub fn identify(
+pub(crate) fn identify(
     head: &mut RequestHeader,
     dialect: Dialect,
     credential: Option<&Credential>,
@@ -151,7 +151,7 @@ pub fn identify(
 ///
 /// # Errors
 /// What cannot be written as a header.
-pub fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forwarded) -> pingora_core::Result<()> {
+pub(crate) fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forwarded) -> pingora_core::Result<()> {
     let arrival = &exchange.arrival;
     head.insert_header("x-request-id", arrival.request_id.header())?;
     if let Some(caller) = &arrival.caller {
@@ -171,13 +171,13 @@ pub fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forw
 ///
 /// # Errors
 /// A path that does not parse.
-pub fn prefixed(uri: &Uri, prefix: &str) -> pingora_core::Result<Uri> {
+pub(crate) fn prefixed(uri: &Uri, prefix: &str) -> pingora_core::Result<Uri> {
     let target = format!("{prefix}{}", uri.path_and_query().map_or("/", |p| p.as_str()));
     target.parse().map_err(|_| Error::explain(ErrorType::InternalError, "the prefixed path does not parse"))
 }
 
 /// Whether an error can mean that a pooled connection had been closed by the node before it saw the request.
-pub fn is_stale(error: &Error) -> bool {
+pub(crate) fn is_stale(error: &Error) -> bool {
     matches!(
         error.etype(),
         ErrorType::ConnectionClosed
@@ -189,7 +189,7 @@ pub fn is_stale(error: &Error) -> bool {
 }
 
 /// The failure that an error of connecting, sending or receiving the header means.
-pub fn failure(error: &Error) -> Failure {
+pub(crate) fn failure(error: &Error) -> Failure {
     let class = match error.etype() {
         ErrorType::ConnectTimedout | ErrorType::TLSHandshakeTimedout => Class::Connect,
         ErrorType::ReadTimedout | ErrorType::WriteTimedout => Class::Timeout,

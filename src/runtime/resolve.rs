@@ -16,7 +16,7 @@ const EVERY: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Looks up all names of a runtime once.
-pub async fn resolve(runtime: &Runtime) {
+pub(crate) async fn resolve(runtime: &Runtime) {
     let nodes = runtime.upstreams.values().flat_map(|u| &u.nodes);
     for node in nodes.filter(|n| n.host.parse::<std::net::IpAddr>().is_err()) {
         resolve_node(node).await;
@@ -42,7 +42,7 @@ async fn resolve_node(node: &Node) {
 }
 
 /// Keeps the addresses of the live runtime fresh.
-pub async fn keep_fresh(gateway: Arc<Gateway>) {
+pub(crate) async fn keep_fresh(gateway: Arc<Gateway>) {
     loop {
         sleep(EVERY).await;
         resolve(&gateway.live.load_full()).await;
