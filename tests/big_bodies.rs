@@ -137,7 +137,10 @@ async fn a_large_prompt_that_stops_half_way_frees_what_it_held() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_over_the_common_budget_are_refused_until_others_are_gone() {
     let good = node("chat").await;
-    let gw = Gateway::with(&Conf::serving("chat", &[good.url()]).server("limits: { buffered_bytes: 1MiB }")).await;
+    let gw = Gateway::with(
+        &Conf::serving("chat", &[good.url()]).server("limits: { body_bytes: 1000KiB, buffered_bytes: 1MiB }"),
+    )
+    .await;
     let body = prompt(MIB - 150_000);
     let mut client = gw.raw().await;
     client

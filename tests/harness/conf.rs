@@ -41,8 +41,10 @@ impl Conf {
         Self::new().upstream("near", nodes, "").model("chat", &[("near", model)], "").llm()
     }
 
-    /// A line of `server:`.
+    /// A line of `server:`, in place of an earlier one of the same name.
     pub(crate) fn server(mut self, line: &str) -> Self {
+        let name = line.split(':').next();
+        self.server.retain(|earlier| earlier.split(':').next() != name);
         self.server.push(line.into());
         self
     }
