@@ -10,11 +10,12 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::config::ConfigError;
 use crate::error::{BadRequest, GatewayError, Result};
-use crate::exchange::Arrival;
-use crate::filter::{Deps, Filter, Flow};
 use crate::limit::RuleSet;
+
+mod filter;
+
+pub use filter::{Auth, AuthConfig};
 
 /// A place in a request where a key may stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
@@ -159,35 +160,6 @@ fn parameter<'a>(query: &'a str, names: &[&str]) -> Option<&'a str> {
         .filter_map(|pair| pair.split_once('='))
         .find(|(name, value)| names.contains(name) && !value.is_empty())
         .map(|(_, value)| value)
-}
-
-/// Settings of the filter; there are none yet.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AuthConfig {}
-
-/// Demands a valid key that may use the route.
-#[derive(Debug)]
-pub struct Auth {
-    keys: Arc<Keys>,
-}
-
-impl Filter for Auth {
-    const NAME: &'static str = "auth";
-    type Config = AuthConfig;
-
-    fn build(_: &Self::Config, _: &str, deps: &Deps) -> Result<Self, ConfigError> {
-        Ok(Self { keys: Arc::clone(&deps.keys) })
-    }
-
-    async fn arrive(&self, head: &http::request::Parts, arrival: &mut Arrival) -> Result<Flow> {
-        let caller = self.keys.identify(&head.headers, head.uri.query().unwrap_or_default(), arrival.unix_seconds)?;
-        if !caller.may_use_route(&arrival.route) {
-            return Err(GatewayError::RouteNotAllowed);
-        }
-        arrival.caller = Some(caller);
-        Ok(Flow::Next)
-    }
 }
 
 #[cfg(test)]
