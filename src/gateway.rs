@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use pingora_core::connectors::http::Connector;
+use tokio::sync::Notify;
 use tollgate_filters::access::AccessLog;
 use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::limit::Ledger;
@@ -31,6 +32,8 @@ pub(crate) struct Gateway {
     pub open: AtomicUsize,
     /// Set once the process is asked to end.
     pub draining: AtomicBool,
+    /// Wakes what is still open when the time for draining is over.
+    pub cut: Cut,
     /// When the process started.
     pub started: Instant,
     /// When the process started, by the wall clock.
@@ -47,6 +50,29 @@ impl Gateway {
     /// Whether the process is about to end.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+}
+
+/// The end of patience: set once, seen by every request that is still open.
+#[derive(Debug, Default)]
+pub struct Cut {
+    set: AtomicBool,
+    wake: Notify,
+}
+
+impl Cut {
+    /// Ends everything that is open.
+    pub fn now(&self) {
+        self.set.store(true, Ordering::Release);
+        self.wake.notify_waiters();
+    }
+
+    /// Waits for the end. Waking is not missed by whoever made this future before the end.
+    pub async fn wait(&self) {
+        let woken = self.wake.notified();
+        if !self.set.load(Ordering::Acquire) {
+            woken.await;
+        }
     }
 }
 

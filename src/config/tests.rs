@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use tollgate_filters::dialect::Dialect;
 
 use serde_json::Value;
 use tollgate_filters::config::World;
@@ -207,7 +208,7 @@ fn what_is_left_out_has_the_default_of_the_contract() {
     assert_eq!((model.retry.attempts, model.retry.jitter, model.retry.budget), (3, true, 0.2));
     assert_eq!(model.resume, Resume::Off);
     assert_eq!(
-        model.targets[0].on.iter().map(|on| on.name()).collect::<Vec<_>>().join(" "),
+        model.targets[0].on.iter().map(|on| on.as_str()).collect::<Vec<_>>().join(" "),
         "connect timeout 429 5xx first_token auth"
     );
 }

@@ -44,7 +44,11 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
     let body = match read_body(client, ctx, &mut share).await {
         Ok(Some(body)) => body,
         Ok(None) => return Outcome::ClientGone,
-        Err(error) => return refuse(client, ctx, &error).await,
+        Err(error) => {
+            // Telling the refusal may take a while; what was read is given back before.
+            drop(share);
+            return refuse(client, ctx, &error).await;
+        }
     };
     ctx.exchange.tally.bytes_in = body.len() as u64;
     match admit(client, ctx, callee, &body).await {
@@ -136,7 +140,7 @@ impl Course {
                 .iter()
                 .map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed })
                 .collect();
-            let index = balance::pick(upstream.policy, &candidates, marks, &upstream.turn)?;
+            let index = balance::pick(upstream.policy, &candidates, marks)?;
             let node = Arc::clone(nodes.get(index)?);
             if let Some(guard) = node.state.try_enter(upstream.pool.concurrency) {
                 return Some(Chosen { target: target.clone(), node, guard });
@@ -169,8 +173,8 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
     let retry = model.retry;
     let mut course = Course { model, tried: SmallVec::new(), silent: SmallVec::new(), last: None, attempts: 0 };
     let mut request = Dispatch::new(client, ctx, body);
+    let marks = marks(ctx);
     while course.attempts < retry.attempts {
-        let marks = marks(ctx);
         let Some(chosen) = course.next(marks) else {
             let Some(pause) = course.again(rand::rng().random()) else { break };
             if wait(client, pause).await == Outcome::ClientGone {
@@ -187,6 +191,11 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
                 drop(request);
                 return relay::run(client, ctx, answer).await;
+            }
+            Err(End::Draining) => {
+                ctx.exchange.tally.upstream_time += began.elapsed();
+                observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
+                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
             }
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
@@ -228,7 +237,8 @@ fn may_try_elsewhere(upstream: &Upstream, failure: &Failure) -> bool {
 fn marks(ctx: &Ctx) -> Marks {
     let call = ctx.exchange.call.as_ref();
     let session = call.and_then(|c| c.user.as_deref()).map(tollgate_filters::balance::session_mark);
-    Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random() }
+    let turn = ctx.exchange.model.as_ref().and_then(|m| m.targets.first()).map_or(0, |t| t.upstream.next_turn());
+    Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random(), turn }
 }
 
 fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {

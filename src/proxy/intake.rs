@@ -170,7 +170,8 @@ pub(crate) fn requested_host(head: &RequestHeader) -> String {
 /// Puts the canonical path into the head, so that what was matched is what is forwarded.
 fn canonicalise(head: &mut RequestHeader) -> Result<()> {
     let path = head.uri.path();
-    let canonical = canonical_path(path)?;
+    let decoded = super::own::decoded_model(path).filter(|_| path.contains('%'));
+    let canonical = canonical_path(decoded.as_deref().unwrap_or(path))?;
     if canonical == path {
         return Ok(());
     }

@@ -7,11 +7,11 @@ use pingora_http::ResponseHeader;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tollgate_filters::dialect;
-use tollgate_filters::error::GatewayError;
+use tollgate_filters::error::{GatewayError, Unavailable};
 
 use super::attempt::Answer;
 use super::call::Outcome;
-use super::upstream::HOP_BY_HOP;
+use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
 use super::{Ctx, reply};
 
 /// After the terminal event, the upstream has this long to end the body, else its connection is given up.
@@ -51,7 +51,7 @@ fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
 
 /// Sends the header and what was held back.
 async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
-    let mut head = client_head(ctx, answer)?;
+    let mut head = client_head(answer)?;
     reply::decorate(&mut head, ctx)?;
     ctx.exchange.tally.status = head.status.as_u16();
     client.write_response_header(Box::new(head)).await?;
@@ -62,15 +62,17 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
     Ok(())
 }
 
-fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeader> {
+fn client_head(answer: &Answer) -> pingora_core::Result<ResponseHeader> {
     let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
+    let nominated = nominated(&answer.head.headers);
     for (name, value) in &answer.head.headers {
         let own = name.as_str().starts_with("x-ratelimit-")
             || name.as_str().starts_with("x-tollgate-")
             || name.as_str().starts_with("ratelimit");
-        // A stream may lose events on its way, so its length is not the upstream's.
-        let length = answer.stream && *name == header::CONTENT_LENGTH;
-        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) {
+        // A stream may lose events on its way, and an error its echo of our key: their length is not the upstream's.
+        let length = (answer.stream || answer.ended) && *name == header::CONTENT_LENGTH;
+        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) && !is_nominated(&nominated, name)
+        {
             head.append_header(name, value)?;
         }
     }
@@ -85,15 +87,6 @@ fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeade
         // A proxy in front that gathers responses would undo the streaming.
         head.insert_header("x-accel-buffering", "no")?;
     }
-    let tally = &ctx.exchange.tally;
-    if let Some(model) = tally.target_model.as_deref().filter(|m| !m.is_empty()) {
-        head.insert_header("x-tollgate-model", model)?;
-    }
-    if let Some(upstream) = &tally.upstream {
-        head.insert_header("x-tollgate-upstream", &**upstream)?;
-    }
-    head.insert_header("x-tollgate-attempts", tally.attempts)?;
-    head.insert_header("x-tollgate-cache", "bypass")?;
     Ok(head)
 }
 
@@ -127,6 +120,9 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
     let total = answer.dispatched + answer.timeouts.total;
     let timer = sleep_until(total);
     tokio::pin!(timer);
+    let gateway = std::sync::Arc::clone(&ctx.gateway);
+    let cut = gateway.cut.wait();
+    tokio::pin!(cut);
     while !answer.ended {
         let deadline = due(answer, total);
         // The timer is only moved when it fires early: tokens come far more often than deadlines.
@@ -141,6 +137,7 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
                 Err(error) => Event::Broken(error.etype().as_str().to_owned()),
             },
             _ = client.read_body_or_idle(true) => Event::ClientGone,
+            () = &mut cut => Event::Late(GatewayError::Unavailable(Unavailable::Draining)),
             () = &mut timer => {
                 let now = Instant::now();
                 let deadline = due(answer, total);
@@ -189,16 +186,21 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             rest
         }
         Event::Broken(detail) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &detail).await),
-        Event::Late(error) => return Some(break_off(client, ctx, error, "no token in time").await),
+        Event::Late(error) => return Some(break_off(client, ctx, error, "cut at a deadline").await),
         Event::ClientGone => return Some(Outcome::ClientGone),
     };
     if seen.token || seen.done {
         answer.last_token = Instant::now();
     }
-    if seen.error.is_some() {
+    let error = seen.error.is_some();
+    if error {
         ctx.exchange.tally.code = Some("upstream_error");
     }
     for bytes in seen.forward {
+        let bytes = match &answer.credential {
+            Some(credential) if error => credential.mask(bytes),
+            _ => bytes,
+        };
         if forward(client, ctx, bytes).await.is_err() {
             return Some(Outcome::ClientGone);
         }

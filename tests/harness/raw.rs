@@ -204,9 +204,9 @@ impl Upcall {
         let _ = in_time("a node's write", self.stream.write_all(bytes.as_ref())).await;
     }
 
-    /// The head of a chunked `text/event-stream`.
+    /// The head of a chunked `text/event-stream`. The connection ends with the answer: one call is read from each.
     pub(crate) async fn stream_head(&mut self) {
-        self.write("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n").await;
+        self.write("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n").await;
     }
 
     /// One chunk of a chunked body.
@@ -227,7 +227,7 @@ impl Upcall {
     pub(crate) async fn json(&mut self, status: &str, body: &str) {
         let length = body.len();
         self.write(format!(
-            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
         ))
         .await;
     }
