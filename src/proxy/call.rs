@@ -1,13 +1,11 @@
 //! The call lane: one parsed call, one reservation, attempt after attempt until an answer stands.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use pingora_core::protocols::http::ServerSession;
-use rand::Rng;
 use smallvec::SmallVec;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tollgate_filters::balance::{self, Candidate, Marks};
 use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
@@ -15,7 +13,7 @@ use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
-use tollgate_filters::retry::{self, Class, Failure};
+use tollgate_filters::retry::Failure;
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::attempt::{self, Dispatch, End};
@@ -24,8 +22,6 @@ use crate::runtime::Callee;
 
 /// Bodies from this size on are parsed away from the I/O threads.
 const LARGE_BODY: usize = 1 << 20;
-/// A node's `Retry-After` up to this long is waited for if there is nowhere else to go.
-const SHORT_WAIT: Duration = Duration::from_secs(2);
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,7 +110,6 @@ struct Chosen {
 struct Course {
     model: Arc<Model>,
     tried: SmallVec<[Arc<Node>; 4]>,
-    silent: SmallVec<[Arc<Node>; 4]>,
     last: Option<Failure>,
     attempts: u32,
 }
@@ -149,39 +144,16 @@ impl Course {
         }
         None
     }
-
-    /// Whether every node having been tried, those that did answer may be asked again, and after what pause.
-    fn again(&mut self, random: f64) -> Option<Duration> {
-        let failure = self.last.as_ref()?;
-        let pause = match failure.class {
-            Class::Connect | Class::ServerError => {
-                retry::backoff(self.model.retry.backoff, self.attempts, self.model.retry.jitter, random)
-            }
-            Class::RateLimited => failure.retry_after.filter(|wait| *wait <= SHORT_WAIT)?,
-            Class::Timeout | Class::FirstToken | Class::Auth | Class::ContextLength | Class::ContentFilter => {
-                return None;
-            }
-        };
-        // A silent node is not asked twice.
-        self.tried.clone_from(&self.silent);
-        Some(pause)
-    }
 }
 
 async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
     let retry = model.retry;
-    let mut course = Course { model, tried: SmallVec::new(), silent: SmallVec::new(), last: None, attempts: 0 };
+    let mut course = Course { model, tried: SmallVec::new(), last: None, attempts: 0 };
     let mut request = Dispatch::new(client, ctx, body);
     let marks = marks(ctx);
     while course.attempts < retry.attempts {
-        let Some(chosen) = course.next(marks) else {
-            let Some(pause) = course.again(rand::rng().random()) else { break };
-            if wait(client, pause).await == Outcome::ClientGone {
-                return Outcome::ClientGone;
-            }
-            continue;
-        };
+        let Some(chosen) = course.next(marks) else { break };
         course.attempts += 1;
         note(ctx, &course, &chosen);
         let Chosen { target, node, guard } = chosen;
@@ -211,9 +183,6 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
                     class = failure.class.as_str(), detail = %failure.detail, "attempt failed"
                 );
                 let final_word = !may_try_elsewhere(&target.upstream, &failure);
-                if matches!(failure.class, Class::Timeout | Class::FirstToken) {
-                    course.silent.push(Arc::clone(&node));
-                }
                 course.tried.push(node);
                 course.last = Some(failure);
                 if final_word {
@@ -257,14 +226,6 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
 fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
     if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
         handles.attempted(outcome);
-    }
-}
-
-/// Waits, unless the client leaves.
-async fn wait(client: &mut ServerSession, pause: Duration) -> Outcome {
-    tokio::select! {
-        () = sleep_until(Instant::now() + pause) => Outcome::Answered,
-        _ = client.read_body_or_idle(true) => Outcome::ClientGone,
     }
 }
 

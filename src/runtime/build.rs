@@ -220,11 +220,7 @@ fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> B
         let model = Arc::new(Model {
             name: name.as_str().into(),
             targets: targets.collect(),
-            retry: Retry {
-                attempts: written.retry.attempts,
-                backoff: written.retry.backoff.0,
-                jitter: written.retry.jitter,
-            },
+            retry: Retry { attempts: written.retry.attempts },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
         });
