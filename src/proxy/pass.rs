@@ -172,7 +172,11 @@ pub(crate) fn request_body(ctx: &mut Ctx, body: Option<&Bytes>) -> pingora_core:
 ///
 /// # Errors
 /// What cannot be written as a header.
-pub(crate) fn upstream_request(client: &ServerSession, head: &mut RequestHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
+pub(crate) fn upstream_request(
+    client: &ServerSession,
+    head: &mut RequestHeader,
+    ctx: &mut Ctx,
+) -> pingora_core::Result<()> {
     let Some(passage) = &ctx.passage else { return Err(super::unset()) };
     let Some((node, _)) = &passage.current else { return Err(super::unset()) };
     let spoofed: Vec<HeaderName> = head.headers.keys().filter(|name| is_gateway_header(name)).cloned().collect();

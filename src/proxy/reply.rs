@@ -75,7 +75,11 @@ pub(crate) fn decorate(head: &mut ResponseHeader, ctx: &Ctx) -> pingora_core::Re
 ///
 /// # Errors
 /// What Pingora says of the connection.
-pub(crate) async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> pingora_core::Result<()> {
+pub(crate) async fn refuse(
+    client: &mut ServerSession,
+    ctx: &mut Ctx,
+    error: &GatewayError,
+) -> pingora_core::Result<()> {
     let face = error.face();
     ctx.exchange.tally.code = Some(face.code);
     let arrival = &ctx.exchange.arrival;

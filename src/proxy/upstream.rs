@@ -151,7 +151,11 @@ pub(crate) fn identify(
 ///
 /// # Errors
 /// What cannot be written as a header.
-pub(crate) fn introduce(head: &mut RequestHeader, exchange: &Exchange, forwarded: &Forwarded) -> pingora_core::Result<()> {
+pub(crate) fn introduce(
+    head: &mut RequestHeader,
+    exchange: &Exchange,
+    forwarded: &Forwarded,
+) -> pingora_core::Result<()> {
     let arrival = &exchange.arrival;
     head.insert_header("x-request-id", arrival.request_id.header())?;
     if let Some(caller) = &arrival.caller {

@@ -31,7 +31,12 @@ type Built<T> = Result<T, ConfigError>;
 ///
 /// # Errors
 /// A secret that does not resolve, a value that no header can carry.
-pub(crate) fn build(checked: &Checked<'_>, before: Option<&Runtime>, world: &dyn World, lasting: &Lasting) -> Built<Runtime> {
+pub(crate) fn build(
+    checked: &Checked<'_>,
+    before: Option<&Runtime>,
+    world: &dyn World,
+    lasting: &Lasting,
+) -> Built<Runtime> {
     let document = checked.document;
     let keys = Arc::new(keys(document, world)?);
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));

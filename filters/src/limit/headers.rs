@@ -233,16 +233,16 @@ mod tests {
             [
                 "x-ratelimit-limit-requests: 40",
                 "x-ratelimit-remaining-requests: 39",
-                "x-ratelimit-reset-requests: 1.05s",
+                "x-ratelimit-reset-requests: 1s",
                 "x-ratelimit-limit-tokens: 100000",
                 "x-ratelimit-remaining-tokens: 99900",
                 "x-ratelimit-reset-tokens: 12h0m0s",
                 "ratelimit-policy: \"requests_per_minute\";q=60;w=60, \"requests_per_hour\";q=1000;w=3600, \
                  \"tokens_per_day\";q=100000;w=86400, \"tokens_per_month\";q=200000, \
                  \"concurrency\";q=4;qu=\"concurrent-requests\", \"route:llm:requests_per_second\";q=40;w=1",
-                "ratelimit: \"requests_per_minute\";r=59;t=63, \"requests_per_hour\";r=999;t=3780, \
+                "ratelimit: \"requests_per_minute\";r=59;t=60, \"requests_per_hour\";r=999;t=3600, \
                  \"tokens_per_day\";r=99900;t=43200, \"tokens_per_month\";r=199900;t=2376000, \
-                 \"concurrency\";r=3, \"route:llm:requests_per_second\";r=39;t=2",
+                 \"concurrency\";r=3, \"route:llm:requests_per_second\";r=39;t=1",
             ]
         );
     }
@@ -264,7 +264,7 @@ mod tests {
     fn a_rate_refusal_says_how_long_to_wait_and_may_be_retried() {
         let limits = Limits { requests_per_minute: limit(2), requests_per_hour: limit(2_000), ..Limits::default() };
         let (refusal, standings) = refuse(&limits, 1, 3);
-        assert_eq!(text(&refusal_headers(&refusal)), ["retry-after: 63", "retry-after-ms: 63000"]);
+        assert_eq!(text(&refusal_headers(&refusal)), ["retry-after: 60", "retry-after-ms: 60000"]);
         let shown = text(&standing_headers(&standings));
         assert_eq!(shown[..2], ["x-ratelimit-limit-requests: 2", "x-ratelimit-remaining-requests: 0"]);
     }

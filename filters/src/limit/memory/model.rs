@@ -112,11 +112,16 @@ fn place(set: &RuleSet, rule: &Rule) -> Place {
     (set.id().scope(), set.id().name().to_owned(), rule.dimension)
 }
 
-fn width(dimension: Dimension) -> u64 {
+fn span(dimension: Dimension) -> u64 {
     match dimension.window() {
-        Window::Rolling(secs) => u64::from(secs) * SECOND / 20,
+        Window::Rolling(secs) => u64::from(secs) * SECOND,
         Window::Day | Window::Month | Window::Live => panic!("not rolling"),
     }
+}
+
+/// A twentieth of the window, by its number: what lies in one counts until the last of it is as old as the window.
+fn bucket(dimension: Dimension, at: u64) -> u64 {
+    at * 20 / span(dimension)
 }
 
 /// First and last second of the calendar period, by an independent calendar.
@@ -134,12 +139,18 @@ fn period(dimension: Dimension, now: u64) -> (u64, u64) {
 }
 
 impl Model {
+    /// When what lies in the bucket of `at` stops counting; 0 if there is nothing.
+    fn end(&self, place: &Place, at: u64) -> u64 {
+        let log = self.rolling.get(place).map_or(&[][..], |log| log);
+        let same = log.iter().filter(|(other, _)| bucket(place.2, *other) == bucket(place.2, at));
+        same.map(|(other, _)| other + span(place.2)).max().unwrap_or(0)
+    }
+
     fn used(&self, place: &Place, now: u64) -> (i128, i128) {
         match place.2.window() {
             Window::Rolling(_) => {
-                let oldest = (now / width(place.2)).saturating_sub(20);
                 let log = self.rolling.get(place).map_or(&[][..], |log| log);
-                (log.iter().filter(|(index, _)| *index >= oldest).map(|(_, n)| n).sum(), 0)
+                (log.iter().filter(|(at, _)| self.end(place, *at) > now).map(|(_, n)| n).sum(), 0)
             }
             Window::Day | Window::Month => {
                 let (start, _) = period(place.2, now);
@@ -164,8 +175,7 @@ impl Model {
             Window::Live => Verdict::Wait(SECOND),
             Window::Day | Window::Month => Verdict::Wait(period(place.2, self.now).1 - self.now),
             Window::Rolling(_) => {
-                let mut ends: Vec<u64> =
-                    self.rolling[place].iter().map(|(index, _)| (index + 21) * width(place.2)).collect();
+                let mut ends: Vec<u64> = self.rolling[place].iter().map(|(at, _)| self.end(place, *at)).collect();
                 ends.sort_unstable();
                 let end = ends.into_iter().filter(|end| *end > self.now).find(|end| self.used(place, *end).0 <= room);
                 Verdict::Wait(end.unwrap() - self.now)
@@ -192,10 +202,7 @@ impl Model {
             let is_tokens = rule.dimension.unit() == Unit::Tokens;
             let n = if is_tokens { i128::from(tokens) } else { 1 };
             match rule.dimension.window() {
-                Window::Rolling(_) => {
-                    let index = now / width(place.2);
-                    self.rolling.entry(place).or_default().push((index, n));
-                }
+                Window::Rolling(_) => self.rolling.entry(place).or_default().push((now, n)),
                 Window::Day | Window::Month => {
                     let start = period(place.2, now).0;
                     let (used, held) = if is_tokens { (0, n) } else { (n, 0) };
@@ -217,14 +224,12 @@ impl Model {
             match (rule.dimension.window(), rule.dimension.unit()) {
                 (Window::Live, _) if !lease.expired => *self.live.get_mut(&place).unwrap() -= 1,
                 (Window::Rolling(_), Unit::Tokens) => {
-                    let granted = lease.admitted / width(place.2);
-                    let present = self.now / width(place.2);
-                    let counts = granted >= present.saturating_sub(20);
+                    let counts = self.end(&place, lease.admitted) > self.now;
                     let log = self.rolling.get_mut(&place).unwrap();
                     if counts {
-                        log.push((granted, tokens - charged));
+                        log.push((lease.admitted, tokens - charged));
                     } else if tokens > charged {
-                        log.push((present, tokens - charged));
+                        log.push((self.now, tokens - charged));
                     }
                 }
                 (Window::Day | Window::Month, Unit::Tokens) => {
@@ -302,6 +307,9 @@ impl Run {
                 prop_assert_eq!(refusal.scope, ScopeId::new(scope, &name).label());
                 prop_assert_eq!(refusal.dimension, dimension.name());
                 prop_assert_eq!(standings.binding().unwrap().rule().dimension, dimension);
+                if let (Some(wait), Window::Rolling(secs)) = (refusal.wait, dimension.window()) {
+                    prop_assert!(wait <= Duration::from_secs(secs.into()));
+                }
                 let wait = refusal.wait.map_or(Verdict::Never, |w| Verdict::Wait(w.as_micros().try_into().unwrap()));
                 prop_assert_eq!(wait, verdict);
             }
