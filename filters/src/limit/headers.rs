@@ -167,6 +167,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::error::GatewayError;
     use crate::limit::clock::Instant64;
     use crate::limit::dimension::{Limit, Limits};
     use crate::limit::memory::{MemoryStore, Verdicts};
@@ -224,7 +225,8 @@ mod tests {
         let plan: Plan = [&key, &route].into_iter().collect();
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
-        let Verdicts::Admitted { standings, .. } = store.reserve(&plan, Estimate { prompt: 40, completion: 60 }, noon)
+        let Verdicts::Admitted { standings, .. } =
+            store.reserve(&plan, Estimate { prompt: 40, completion: 60, guessed: false }, noon)
         else {
             panic!("refused")
         };
@@ -252,7 +254,7 @@ mod tests {
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
         for _ in 0..tries {
-            let estimate = Estimate { prompt, completion: 0 };
+            let estimate = Estimate { prompt, completion: 0, guessed: false };
             if let Verdicts::Refused { refusal, standings } = store.reserve(&plan, estimate, noon) {
                 return (refusal, standings);
             }
@@ -287,6 +289,18 @@ mod tests {
         let limits = Limits { tokens_per_minute: limit(50), ..Limits::default() };
         let (refusal, _) = refuse(&limits, 100, 1);
         assert_eq!(text(&refusal_headers(&refusal)), ["x-should-retry: false"]);
+    }
+
+    #[test]
+    fn a_call_that_asks_for_more_than_its_day_is_refused_for_good_as_a_quota() {
+        let limits = Limits { tokens_per_day: limit(150), ..Limits::default() };
+        let plan: Plan = [&Arc::new(RuleSet::new(Scope::Key, "alice", &limits))].into_iter().collect();
+        let estimate = Estimate { prompt: 10, completion: 141, guessed: false };
+        let Verdicts::Refused { refusal, .. } = MemoryStore::new(None).reserve(&plan, estimate, Instant64(0)) else {
+            panic!("admitted")
+        };
+        assert_eq!(text(&refusal_headers(&refusal)), ["x-should-retry: false"]);
+        assert_eq!(GatewayError::Limited(Box::new(refusal)).face().code, "quota_exceeded");
     }
 
     #[test]

@@ -70,7 +70,7 @@ mod tests {
         let plan: Plan = [&key, &route].into_iter().collect();
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
-        store.reserve(&plan, Estimate { prompt: 30, completion: 70 }, noon);
+        store.reserve(&plan, Estimate { prompt: 30, completion: 70, guessed: false }, noon);
         let show = || {
             let body = body("alice", Some("free"), &store.query(&plan, noon)).unwrap();
             serde_json::from_slice::<serde_json::Value>(&body).unwrap()

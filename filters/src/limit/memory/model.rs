@@ -55,6 +55,7 @@ enum Step {
         plan: usize,
         prompt: u64,
         completion: u64,
+        guessed: bool,
     },
     Settle {
         lease: usize,
@@ -73,8 +74,9 @@ enum Step {
 fn steps(overrun: bool) -> impl Strategy<Value = Vec<Step>> {
     let tokens = if overrun { 0..700u64 } else { 0..1u64 };
     let step = prop_oneof![
-        6 => (0..6usize, 0..250u64, 0..300u64)
-            .prop_map(|(plan, prompt, completion)| Step::Reserve { plan, prompt, completion }),
+        6 => (0..6usize, 0..250u64, 0..300u64, any::<bool>()).prop_map(|(plan, prompt, completion, guessed)| {
+            Step::Reserve { plan, prompt, completion, guessed }
+        }),
         4 => (0..64usize, tokens.clone()).prop_map(|(lease, tokens)| Step::Settle { lease, tokens }),
         1 => (0..64usize, tokens).prop_map(|(lease, progress)| Step::Renew { lease, progress }),
         4 => (0..SECOND).prop_map(Step::Advance),
@@ -256,6 +258,17 @@ impl Model {
     }
 }
 
+/// What a call reserves: what it asks for, but of a guess never more than fits into the tightest limit that binds.
+fn reserved(plan: &Plan, estimate: Estimate) -> u64 {
+    let prompt = estimate.prompt.max(1);
+    let fits = |tokens: &u64| {
+        let mut binding = plan.rules().filter(|(_, rule)| !rule.shadow && rule.dimension.unit() == Unit::Tokens);
+        binding.all(|(_, rule)| *tokens <= rule.limit)
+    };
+    let all = prompt + estimate.completion;
+    if !estimate.guessed { all } else { (prompt..=all).rev().find(fits).unwrap_or(prompt) }
+}
+
 struct Run {
     plans: Vec<Plan>,
     store: MemoryStore,
@@ -288,7 +301,7 @@ impl Run {
 
     fn reserve(&mut self, index: usize, estimate: Estimate) -> Result<(), TestCaseError> {
         let plan = self.plans[index].clone();
-        let tokens = clamp(&plan, estimate);
+        let tokens = reserved(&plan, estimate);
         let expected = self.model.binding(&plan, tokens);
         match self.store.reserve(&plan, estimate, self.now()) {
             Verdicts::Admitted { id, reserved, .. } => {
@@ -363,7 +376,9 @@ impl Run {
 
     fn step(&mut self, step: Step) -> Result<(), TestCaseError> {
         match step {
-            Step::Reserve { plan, prompt, completion } => self.reserve(plan, Estimate { prompt, completion })?,
+            Step::Reserve { plan, prompt, completion, guessed } => {
+                self.reserve(plan, Estimate { prompt, completion, guessed })?;
+            }
             Step::Settle { lease, tokens } => self.settle(lease, tokens)?,
             Step::Renew { lease, progress } => self.renew(lease, progress)?,
             Step::Advance(micros) => {
@@ -450,7 +465,7 @@ proptest! {
         let now = Instant64::from_secs(1_000_000_000);
         let (mut settled, mut open, mut live) = (0, 0, 0);
         for (prompt, completion, actual) in calls {
-            let Verdicts::Admitted { id, reserved, .. } = store.reserve(&plan, Estimate { prompt, completion }, now)
+            let Verdicts::Admitted { id, reserved, .. } = store.reserve(&plan, Estimate { prompt, completion, guessed: false }, now)
             else { panic!("refused") };
             match actual {
                 Some(actual) => {
