@@ -7,7 +7,6 @@ use tollgate_filters::dialect::Dialect;
 
 use serde_json::Value;
 use tollgate_filters::config::World;
-use tollgate_filters::dialect::Dialect;
 
 use super::*;
 
