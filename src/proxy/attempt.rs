@@ -21,7 +21,7 @@ use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::upstream::{self, Forwarded};
 use super::{Ctx, call};
-use crate::gateway::Gateway;
+use crate::gateway::{ByteShare, Gateway};
 
 /// Most of a plain answer that is held back to see whether it is whole and no error.
 const HELD_BYTES: usize = 64 * 1024;
@@ -48,12 +48,13 @@ pub(crate) struct Dispatch {
     body: Bytes,
     rewritten: Option<(std::sync::Arc<str>, Bytes)>,
     forwarded: Forwarded,
+    _share: ByteShare,
 }
 
 impl Dispatch {
     /// Prepares the attempts of a call.
-    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
-        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx) }
+    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes, share: ByteShare) -> Self {
+        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx), _share: share }
     }
 
     /// The body for a target: the model's name there, and the usage asked for.

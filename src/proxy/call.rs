@@ -18,6 +18,7 @@ use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::attempt::{self, Dispatch, End};
 use super::{Ctx, body, relay, reply, upstream};
+use crate::gateway::ByteShare;
 use crate::runtime::Callee;
 
 /// Bodies from this size on are parsed away from the I/O threads.
@@ -52,7 +53,7 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
         Ok(Flow::Answer(answer)) => return sent(reply::send(client, ctx, *answer).await),
         Err(error) => return refuse(client, ctx, &error).await,
     }
-    attempts(client, ctx, body).await
+    attempts(client, ctx, body, share).await
 }
 
 async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> Outcome {
@@ -63,11 +64,7 @@ fn sent(result: pingora_core::Result<()>) -> Outcome {
     if result.is_ok() { Outcome::Answered } else { Outcome::ClientGone }
 }
 
-async fn read_body(
-    client: &mut ServerSession,
-    ctx: &Ctx,
-    share: &mut crate::gateway::ByteShare,
-) -> Result<Option<Bytes>> {
+async fn read_body(client: &mut ServerSession, ctx: &Ctx, share: &mut ByteShare) -> Result<Option<Bytes>> {
     body::check_headers(&client.req_header().headers)?;
     let cap = ctx.route.as_ref().and_then(|r| r.body_bytes).unwrap_or(ctx.runtime.body_bytes);
     body::read(client, cap, share).await
@@ -146,11 +143,11 @@ impl Course {
     }
 }
 
-async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Outcome {
+async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
     let retry = model.retry;
     let mut course = Course { model, tried: SmallVec::new(), last: None, attempts: 0 };
-    let mut request = Dispatch::new(client, ctx, body);
+    let mut request = Dispatch::new(client, ctx, body, share);
     let marks = marks(ctx);
     while course.attempts < retry.attempts {
         let Some(chosen) = course.next(marks) else { break };
@@ -160,7 +157,10 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
         let began = Instant::now();
         match attempt::run(client, ctx, &mut request, (&target, &node), guard).await {
             Ok(answer) => {
-                observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
+                let refused = answer.head.status.is_client_error();
+                let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
+                observe_attempt(ctx, &target.upstream, &node, outcome);
+                // Nothing is sent again from here on: the body need not be held while the answer streams.
                 drop(request);
                 return relay::run(client, ctx, answer).await;
             }

@@ -1,6 +1,7 @@
 //! The answer from its first useful event to its end: relayed as it comes, read along, cut at its deadlines.
 
 use bytes::Bytes;
+use http::Version;
 use http::header::{self, HeaderName};
 use pingora_core::protocols::http::ServerSession;
 use pingora_http::ResponseHeader;
@@ -24,6 +25,7 @@ const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderNam
 pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
     note_first_token(ctx, &answer);
     let began = answer.dispatched;
+    let _open = answer.stream.then(|| ctx.gateway.metrics.open_stream());
     let outcome = match begin(client, ctx, &mut answer).await {
         Ok(()) => follow(client, ctx, &mut answer).await,
         Err(_) => Outcome::ClientGone,
@@ -34,6 +36,8 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
     if answer.head.status.is_success() {
         tally.usage = Some(answer.meter.usage(estimate));
         tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
+    } else if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.failed();
     }
     let Answer { up, peer, idle, guard, ended, .. } = answer;
     drop(guard);
@@ -46,12 +50,13 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
 fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
     if answer.stream {
         ctx.exchange.tally.first_token = Some(ctx.started.elapsed());
+        ctx.exchange.tally.prefill = Some(answer.last_token.duration_since(answer.dispatched));
     }
 }
 
 /// Sends the header and what was held back.
 async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
-    let mut head = client_head(answer)?;
+    let mut head = client_head(answer, client.req_header().version)?;
     reply::decorate(&mut head, ctx)?;
     ctx.exchange.tally.status = head.status.as_u16();
     client.write_response_header(Box::new(head)).await?;
@@ -62,7 +67,7 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
     Ok(())
 }
 
-fn client_head(answer: &Answer) -> pingora_core::Result<ResponseHeader> {
+fn client_head(answer: &Answer, version: Version) -> pingora_core::Result<ResponseHeader> {
     let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
     let nominated = nominated(&answer.head.headers);
     for (name, value) in &answer.head.headers {
@@ -79,7 +84,8 @@ fn client_head(answer: &Answer) -> pingora_core::Result<ResponseHeader> {
     if !head.headers.contains_key(header::CONTENT_LENGTH) {
         if answer.ended {
             head.insert_header(header::CONTENT_LENGTH, answer.held.iter().map(Bytes::len).sum::<usize>())?;
-        } else {
+        } else if version == Version::HTTP_11 {
+            // An HTTP/1.0 client takes the end of the connection as the end of the body.
             head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
         }
     }

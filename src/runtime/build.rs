@@ -71,6 +71,7 @@ pub(crate) fn build(
             Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() },
         )),
         open: Arc::new(own("gateway", &deps, Chain::default())),
+        unmatched: lasting.metrics.route(tollgate_filters::metrics::NONE),
         trusted: document.server.trusted_proxies.clone(),
         header_bytes: document.server.limits.header_bytes.bytes(),
         body_bytes: document.server.limits.body_bytes.0,
