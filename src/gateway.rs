@@ -17,27 +17,27 @@ use crate::runtime::Runtime;
 /// The process's shared state.
 pub(crate) struct Gateway {
     /// What the present configuration makes; swapped whole on reload.
-    pub live: ArcSwap<Runtime>,
+    pub(crate) live: ArcSwap<Runtime>,
     /// Connections of the call lane to upstreams.
-    pub connector: Connector,
+    pub(crate) connector: Connector,
     /// The ledger of all limits.
-    pub ledger: Ledger,
+    pub(crate) ledger: Ledger,
     /// All metrics.
-    pub metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     /// One line per request.
-    pub access: AccessLog,
+    pub(crate) access: AccessLog,
     /// Bytes of all buffered bodies together.
-    pub buffered: Arc<ByteBudget>,
+    pub(crate) buffered: Arc<ByteBudget>,
     /// Requests being served now.
-    pub open: AtomicUsize,
+    pub(crate) open: AtomicUsize,
     /// Set once the process is asked to end.
-    pub draining: AtomicBool,
+    pub(crate) draining: AtomicBool,
     /// Wakes what is still open when the time for draining is over.
-    pub cut: Cut,
+    pub(crate) cut: Cut,
     /// When the process started.
-    pub started: Instant,
+    pub(crate) started: Instant,
     /// When the process started, by the wall clock.
-    pub started_at: SystemTime,
+    pub(crate) started_at: SystemTime,
 }
 
 impl Gateway {
@@ -55,20 +55,20 @@ impl Gateway {
 
 /// The end of patience: set once, seen by every request that is still open.
 #[derive(Debug, Default)]
-pub struct Cut {
+pub(crate) struct Cut {
     set: AtomicBool,
     wake: Notify,
 }
 
 impl Cut {
     /// Ends everything that is open.
-    pub fn now(&self) {
+    pub(crate) fn now(&self) {
         self.set.store(true, Ordering::Release);
         self.wake.notify_waiters();
     }
 
     /// Waits for the end. Waking is not missed by whoever made this future before the end.
-    pub async fn wait(&self) {
+    pub(crate) async fn wait(&self) {
         let woken = self.wake.notified();
         if !self.set.load(Ordering::Acquire) {
             woken.await;

@@ -134,7 +134,8 @@ pub(crate) async fn run(
     let mut fresh = false;
     let (up, peer) = loop {
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
-        let connecting = ctx.gateway.connector.get_http_session(&peer);
+        // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
+        let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
         let connected =
             race(client, &ctx.gateway, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
         let (mut up, reused) = match connected {

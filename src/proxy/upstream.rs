@@ -70,13 +70,13 @@ fn peer_at(address: SocketAddr, node: &Node, upstream: &Upstream, fresh: bool) -
 #[derive(Debug, Clone)]
 pub(crate) struct Forwarded {
     /// `X-Forwarded-For`, the peer included.
-    pub chain: String,
+    pub(crate) chain: String,
     /// The client's address.
-    pub client: IpAddr,
+    pub(crate) client: IpAddr,
     /// `http` or `https`.
-    pub proto: &'static str,
+    pub(crate) proto: &'static str,
     /// The host that was asked for.
-    pub host: String,
+    pub(crate) host: String,
 }
 
 /// The request head for one attempt of a call.
@@ -131,13 +131,13 @@ fn target(from: &RequestHeader, prefix: &str) -> String {
 }
 
 /// Header names that a `Connection` declares to be of its hop only.
-pub fn nominated(headers: &HeaderMap) -> Vec<String> {
+pub(crate) fn nominated(headers: &HeaderMap) -> Vec<String> {
     let lines = headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok());
     lines.flat_map(|v| v.split(',')).map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()).collect()
 }
 
 /// Whether a header is among the nominated ones.
-pub fn is_nominated(nominated: &[String], name: &HeaderName) -> bool {
+pub(crate) fn is_nominated(nominated: &[String], name: &HeaderName) -> bool {
     nominated.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()))
 }
 
