@@ -45,6 +45,8 @@ pub(crate) struct Runtime {
     pub own: Arc<Route>,
     /// The gateway's own answers that need none.
     pub open: Arc<Route>,
+    /// Metric handles of requests that no route takes.
+    pub(crate) unmatched: RouteMetrics,
     /// Who may speak for clients.
     pub trusted: Vec<Cidr>,
     /// Most bytes of a request header.

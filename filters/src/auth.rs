@@ -35,6 +35,9 @@ pub enum Source {
 pub const KEY_HEADERS: [HeaderName; 3] =
     [AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
+/// Query parameter in which a key may be sent where that is asked for.
+pub const KEY_PARAMETER: &str = "api_key";
+
 /// Query parameters in which clients try to send keys.
 const KEY_PARAMETERS: [&str; 4] = ["api_key", "api-key", "apikey", "key"];
 
@@ -123,7 +126,7 @@ impl Keys {
                 Source::Bearer => one(headers, &AUTHORIZATION)?.map(bearer).transpose()?,
                 Source::XApiKey => one(headers, &HeaderName::from_static("x-api-key"))?,
                 Source::ApiKey => one(headers, &HeaderName::from_static("api-key"))?,
-                Source::Query => parameter(query, &["api_key"]).map(str::as_bytes),
+                Source::Query => parameter(query, &[KEY_PARAMETER]).map(str::as_bytes),
             };
             if found.is_some() {
                 return Ok(found);

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use tollgate_filters::dialect::Dialect;
 
 use serde_json::Value;
 use tollgate_filters::config::World;
-use tollgate_filters::dialect::Dialect;
 
 use super::*;
 

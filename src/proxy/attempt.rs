@@ -17,13 +17,16 @@ use tollgate_filters::dialect::Dialect;
 use tollgate_filters::meter::Meter;
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure, class_of_status};
-use tollgate_filters::upstream::{InFlight, Node, Timeouts};
+use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::upstream::{self, Forwarded};
 use super::{Ctx, call};
+use crate::gateway::{ByteShare, Gateway};
 
 /// Most of a plain answer that is held back to see whether it is whole and no error.
 const HELD_BYTES: usize = 64 * 1024;
+/// Most of an error's body that is held to mask a credential in it.
+const MASKED_BYTES: usize = 1 << 20;
 /// Most of a refusal's body that is read to keep its connection.
 const DRAINED_BYTES: usize = 64 * 1024;
 /// Time for that.
@@ -36,6 +39,8 @@ pub(crate) enum End {
     Failed(Failure),
     /// The client left meanwhile.
     ClientGone,
+    /// The process ends.
+    Draining,
 }
 
 /// What all attempts of a call send: the body as the client wrote it, and its last rewritten form.
@@ -43,12 +48,13 @@ pub(crate) struct Dispatch {
     body: Bytes,
     rewritten: Option<(std::sync::Arc<str>, Bytes)>,
     forwarded: Forwarded,
+    _share: ByteShare,
 }
 
 impl Dispatch {
     /// Prepares the attempts of a call.
-    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
-        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx) }
+    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes, share: ByteShare) -> Self {
+        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx), _share: share }
     }
 
     /// The body for a target: the model's name there, and the usage asked for.
@@ -92,6 +98,8 @@ pub(crate) struct Answer {
     pub idle: Duration,
     /// Counts the call on the node until it is dropped.
     pub guard: InFlight,
+    /// What the upstream knows of us and must not be shown.
+    pub credential: Option<Credential>,
 }
 
 /// Makes one attempt.
@@ -126,8 +134,10 @@ pub(crate) async fn run(
     let mut fresh = false;
     let (up, peer) = loop {
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
-        let connecting = ctx.gateway.connector.get_http_session(&peer);
-        let connected = race(client, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
+        // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
+        let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
+        let connected =
+            race(client, &ctx.gateway, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
         let (mut up, reused) = match connected {
             Ok(Ok(pair)) => pair,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
@@ -137,15 +147,17 @@ pub(crate) async fn run(
                     ..Failure::new(Class::Connect, "connect timeout")
                 }));
             }
-            Err(Cut::ClientGone) => return Err(End::ClientGone),
+            Err(Cut::End(end)) => return Err(end),
         };
-        match race(client, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone())).await {
+        match race(client, &ctx.gateway, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone()))
+            .await
+        {
             Ok(Ok(())) => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
             // The node had closed the pooled connection before it saw the request: that is no attempt yet.
             Ok(Err(error)) if reused && !fresh && upstream::is_stale(&error) => fresh = true,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
             Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no response header in time")),
-            Err(Cut::ClientGone) => return Err(End::ClientGone),
+            Err(Cut::End(end)) => return Err(end),
         }
     };
     let Some(response) = up.response_header().cloned() else {
@@ -169,8 +181,10 @@ pub(crate) async fn run(
         timeouts,
         idle: upstream.pool.idle,
         guard,
+        credential: credential.cloned(),
     };
-    hold(client, &mut answer).await?;
+    hold(client, ctx, &mut answer).await?;
+    mask(&mut answer);
     Ok(answer)
 }
 
@@ -252,20 +266,20 @@ async fn drain(ctx: &Ctx, mut up: HttpSession, peer: &HttpPeer, idle: Duration) 
 }
 
 /// Holds the answer back until it is clear that it is one.
-async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End> {
+async fn hold(client: &mut ServerSession, ctx: &Ctx, answer: &mut Answer) -> Result<(), End> {
     let timeouts = answer.timeouts;
     let patience = if answer.stream { timeouts.first_token.min(timeouts.total) } else { timeouts.total };
     let deadline = answer.dispatched + patience;
     let mut held_bytes = 0;
     loop {
-        let chunk = match race(client, deadline, answer.up.read_response_body()).await {
+        let chunk = match race(client, &ctx.gateway, deadline, answer.up.read_response_body()).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => {
                 return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str())));
             }
             Err(Cut::Deadline) if answer.stream => return Err(failed(Class::FirstToken, "no token in time")),
             Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no answer in time")),
-            Err(Cut::ClientGone) => return Err(End::ClientGone),
+            Err(Cut::End(end)) => return Err(end),
         };
         answer.ended = chunk.is_none();
         let seen = match chunk {
@@ -290,26 +304,48 @@ async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End
             if answer.ended {
                 return Err(failed(Class::FirstToken, "the stream ended before its first token"));
             }
-        } else if answer.ended || held_bytes > HELD_BYTES {
+        } else if answer.ended {
             return Ok(());
+        } else if held_bytes > HELD_BYTES {
+            match (&answer.credential, answer.head.status.is_success()) {
+                // An error that may echo our credential is masked whole.
+                (Some(_), false) if held_bytes > MASKED_BYTES => {
+                    return Err(failed(Class::ServerError, "an endless error"));
+                }
+                (Some(_), false) => {}
+                (None, _) | (_, true) => return Ok(()),
+            }
         }
     }
 }
 
-/// Why waiting was cut short.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cut {
-    Deadline,
-    ClientGone,
+/// Takes our credential out of an error that echoes it.
+fn mask(answer: &mut Answer) {
+    let Some(credential) = answer.credential.as_ref().filter(|_| !answer.head.status.is_success()) else { return };
+    let whole: Vec<u8> = answer.held.iter().flat_map(|b| b.iter().copied()).collect();
+    answer.held = std::iter::once(credential.mask(whole.into())).collect();
 }
 
-/// Waits for `work`, but not beyond the deadline and not once the client has left.
-async fn race<T>(client: &mut ServerSession, deadline: Instant, work: impl Future<Output = T>) -> Result<T, Cut> {
+/// Why waiting was cut short.
+#[derive(Debug)]
+enum Cut {
+    Deadline,
+    End(End),
+}
+
+/// Waits for `work`, but not beyond the deadline, not once the client has left, and not when the process ends.
+async fn race<T>(
+    client: &mut ServerSession,
+    gateway: &Gateway,
+    deadline: Instant,
+    work: impl Future<Output = T>,
+) -> Result<T, Cut> {
     tokio::select! {
         biased;
         done = work => Ok(done),
-        _ = client.read_body_or_idle(true) => Err(Cut::ClientGone),
+        _ = client.read_body_or_idle(true) => Err(Cut::End(End::ClientGone)),
         () = sleep_until(deadline) => Err(Cut::Deadline),
+        () = gateway.cut.wait() => Err(Cut::End(End::Draining)),
     }
 }
 

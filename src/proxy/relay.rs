@@ -1,17 +1,18 @@
 //! The answer from its first useful event to its end: relayed as it comes, read along, cut at its deadlines.
 
 use bytes::Bytes;
+use http::Version;
 use http::header::{self, HeaderName};
 use pingora_core::protocols::http::ServerSession;
 use pingora_http::ResponseHeader;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tollgate_filters::dialect;
-use tollgate_filters::error::GatewayError;
+use tollgate_filters::error::{GatewayError, Unavailable};
 
 use super::attempt::Answer;
 use super::call::Outcome;
-use super::upstream::HOP_BY_HOP;
+use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
 use super::{Ctx, reply};
 
 /// After the terminal event, the upstream has this long to end the body, else its connection is given up.
@@ -24,6 +25,7 @@ const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderNam
 pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
     note_first_token(ctx, &answer);
     let began = answer.dispatched;
+    let _open = answer.stream.then(|| ctx.gateway.metrics.open_stream());
     let outcome = match begin(client, ctx, &mut answer).await {
         Ok(()) => follow(client, ctx, &mut answer).await,
         Err(_) => Outcome::ClientGone,
@@ -34,6 +36,8 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
     if answer.head.status.is_success() {
         tally.usage = Some(answer.meter.usage(estimate));
         tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
+    } else if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.failed();
     }
     let Answer { up, peer, idle, guard, ended, .. } = answer;
     drop(guard);
@@ -46,12 +50,13 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
 fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
     if answer.stream {
         ctx.exchange.tally.first_token = Some(ctx.started.elapsed());
+        ctx.exchange.tally.prefill = Some(answer.last_token.duration_since(answer.dispatched));
     }
 }
 
 /// Sends the header and what was held back.
 async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
-    let mut head = client_head(ctx, answer)?;
+    let mut head = client_head(answer, client.req_header().version)?;
     reply::decorate(&mut head, ctx)?;
     ctx.exchange.tally.status = head.status.as_u16();
     client.write_response_header(Box::new(head)).await?;
@@ -62,22 +67,25 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
     Ok(())
 }
 
-fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeader> {
+fn client_head(answer: &Answer, version: Version) -> pingora_core::Result<ResponseHeader> {
     let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
+    let nominated = nominated(&answer.head.headers);
     for (name, value) in &answer.head.headers {
         let own = name.as_str().starts_with("x-ratelimit-")
             || name.as_str().starts_with("x-tollgate-")
             || name.as_str().starts_with("ratelimit");
-        // A stream may lose events on its way, so its length is not the upstream's.
-        let length = answer.stream && *name == header::CONTENT_LENGTH;
-        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) {
+        // A stream may lose events on its way, and an error its echo of our key: their length is not the upstream's.
+        let length = (answer.stream || answer.ended) && *name == header::CONTENT_LENGTH;
+        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) && !is_nominated(&nominated, name)
+        {
             head.append_header(name, value)?;
         }
     }
     if !head.headers.contains_key(header::CONTENT_LENGTH) {
         if answer.ended {
             head.insert_header(header::CONTENT_LENGTH, answer.held.iter().map(Bytes::len).sum::<usize>())?;
-        } else {
+        } else if version == Version::HTTP_11 {
+            // An HTTP/1.0 client takes the end of the connection as the end of the body.
             head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
         }
     }
@@ -85,15 +93,6 @@ fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeade
         // A proxy in front that gathers responses would undo the streaming.
         head.insert_header("x-accel-buffering", "no")?;
     }
-    let tally = &ctx.exchange.tally;
-    if let Some(model) = tally.target_model.as_deref().filter(|m| !m.is_empty()) {
-        head.insert_header("x-tollgate-model", model)?;
-    }
-    if let Some(upstream) = &tally.upstream {
-        head.insert_header("x-tollgate-upstream", &**upstream)?;
-    }
-    head.insert_header("x-tollgate-attempts", tally.attempts)?;
-    head.insert_header("x-tollgate-cache", "bypass")?;
     Ok(head)
 }
 
@@ -127,6 +126,9 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
     let total = answer.dispatched + answer.timeouts.total;
     let timer = sleep_until(total);
     tokio::pin!(timer);
+    let gateway = std::sync::Arc::clone(&ctx.gateway);
+    let cut = gateway.cut.wait();
+    tokio::pin!(cut);
     while !answer.ended {
         let deadline = due(answer, total);
         // The timer is only moved when it fires early: tokens come far more often than deadlines.
@@ -141,6 +143,7 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
                 Err(error) => Event::Broken(error.etype().as_str().to_owned()),
             },
             _ = client.read_body_or_idle(true) => Event::ClientGone,
+            () = &mut cut => Event::Late(GatewayError::Unavailable(Unavailable::Draining)),
             () = &mut timer => {
                 let now = Instant::now();
                 let deadline = due(answer, total);
@@ -189,16 +192,21 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             rest
         }
         Event::Broken(detail) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &detail).await),
-        Event::Late(error) => return Some(break_off(client, ctx, error, "no token in time").await),
+        Event::Late(error) => return Some(break_off(client, ctx, error, "cut at a deadline").await),
         Event::ClientGone => return Some(Outcome::ClientGone),
     };
     if seen.token || seen.done {
         answer.last_token = Instant::now();
     }
-    if seen.error.is_some() {
+    let error = seen.error.is_some();
+    if error {
         ctx.exchange.tally.code = Some("upstream_error");
     }
     for bytes in seen.forward {
+        let bytes = match &answer.credential {
+            Some(credential) if error => credential.mask(bytes),
+            _ => bytes,
+        };
         if forward(client, ctx, bytes).await.is_err() {
             return Some(Outcome::ClientGone);
         }

@@ -31,7 +31,12 @@ type Built<T> = Result<T, ConfigError>;
 ///
 /// # Errors
 /// A secret that does not resolve, a value that no header can carry.
-pub(crate) fn build(checked: &Checked<'_>, before: Option<&Runtime>, world: &dyn World, lasting: &Lasting) -> Built<Runtime> {
+pub(crate) fn build(
+    checked: &Checked<'_>,
+    before: Option<&Runtime>,
+    world: &dyn World,
+    lasting: &Lasting,
+) -> Built<Runtime> {
     let document = checked.document;
     let keys = Arc::new(keys(document, world)?);
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));
@@ -66,6 +71,7 @@ pub(crate) fn build(checked: &Checked<'_>, before: Option<&Runtime>, world: &dyn
             Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() },
         )),
         open: Arc::new(own("gateway", &deps, Chain::default())),
+        unmatched: lasting.metrics.route(tollgate_filters::metrics::NONE),
         trusted: document.server.trusted_proxies.clone(),
         header_bytes: document.server.limits.header_bytes.bytes(),
         body_bytes: document.server.limits.body_bytes.0,
@@ -215,11 +221,7 @@ fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> B
         let model = Arc::new(Model {
             name: name.as_str().into(),
             targets: targets.collect(),
-            retry: Retry {
-                attempts: written.retry.attempts,
-                backoff: written.retry.backoff.0,
-                jitter: written.retry.jitter,
-            },
+            retry: Retry { attempts: written.retry.attempts },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
         });

@@ -44,14 +44,14 @@ impl Limit {
     fn estimate(&self, exchange: &Exchange) -> Estimate {
         let Some(call) = &exchange.call else { return Estimate::default() };
         if !call.kind.generates() {
-            return Estimate { prompt: call.prompt_tokens(), completion: 0 };
+            return Estimate { prompt: call.prompt_tokens(), completion: 0, guessed: false };
         }
         let guess = || {
             let (key, model) = names(exchange);
             self.ledger.guesses().get(key, model)
         };
         let completion = call.max_tokens.unwrap_or_else(guess).saturating_mul(u64::from(call.n));
-        Estimate { prompt: call.prompt_tokens(), completion }
+        Estimate { prompt: call.prompt_tokens(), completion, guessed: call.max_tokens.is_none() }
     }
 }
 

@@ -167,6 +167,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::error::GatewayError;
     use crate::limit::clock::Instant64;
     use crate::limit::dimension::{Limit, Limits};
     use crate::limit::memory::{MemoryStore, Verdicts};
@@ -224,7 +225,8 @@ mod tests {
         let plan: Plan = [&key, &route].into_iter().collect();
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
-        let Verdicts::Admitted { standings, .. } = store.reserve(&plan, Estimate { prompt: 40, completion: 60 }, noon)
+        let Verdicts::Admitted { standings, .. } =
+            store.reserve(&plan, Estimate { prompt: 40, completion: 60, guessed: false }, noon)
         else {
             panic!("refused")
         };
@@ -233,16 +235,16 @@ mod tests {
             [
                 "x-ratelimit-limit-requests: 40",
                 "x-ratelimit-remaining-requests: 39",
-                "x-ratelimit-reset-requests: 1.05s",
+                "x-ratelimit-reset-requests: 1s",
                 "x-ratelimit-limit-tokens: 100000",
                 "x-ratelimit-remaining-tokens: 99900",
                 "x-ratelimit-reset-tokens: 12h0m0s",
                 "ratelimit-policy: \"requests_per_minute\";q=60;w=60, \"requests_per_hour\";q=1000;w=3600, \
                  \"tokens_per_day\";q=100000;w=86400, \"tokens_per_month\";q=200000, \
                  \"concurrency\";q=4;qu=\"concurrent-requests\", \"route:llm:requests_per_second\";q=40;w=1",
-                "ratelimit: \"requests_per_minute\";r=59;t=63, \"requests_per_hour\";r=999;t=3780, \
+                "ratelimit: \"requests_per_minute\";r=59;t=60, \"requests_per_hour\";r=999;t=3600, \
                  \"tokens_per_day\";r=99900;t=43200, \"tokens_per_month\";r=199900;t=2376000, \
-                 \"concurrency\";r=3, \"route:llm:requests_per_second\";r=39;t=2",
+                 \"concurrency\";r=3, \"route:llm:requests_per_second\";r=39;t=1",
             ]
         );
     }
@@ -252,7 +254,7 @@ mod tests {
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
         for _ in 0..tries {
-            let estimate = Estimate { prompt, completion: 0 };
+            let estimate = Estimate { prompt, completion: 0, guessed: false };
             if let Verdicts::Refused { refusal, standings } = store.reserve(&plan, estimate, noon) {
                 return (refusal, standings);
             }
@@ -264,7 +266,7 @@ mod tests {
     fn a_rate_refusal_says_how_long_to_wait_and_may_be_retried() {
         let limits = Limits { requests_per_minute: limit(2), requests_per_hour: limit(2_000), ..Limits::default() };
         let (refusal, standings) = refuse(&limits, 1, 3);
-        assert_eq!(text(&refusal_headers(&refusal)), ["retry-after: 63", "retry-after-ms: 63000"]);
+        assert_eq!(text(&refusal_headers(&refusal)), ["retry-after: 60", "retry-after-ms: 60000"]);
         let shown = text(&standing_headers(&standings));
         assert_eq!(shown[..2], ["x-ratelimit-limit-requests: 2", "x-ratelimit-remaining-requests: 0"]);
     }
@@ -287,6 +289,18 @@ mod tests {
         let limits = Limits { tokens_per_minute: limit(50), ..Limits::default() };
         let (refusal, _) = refuse(&limits, 100, 1);
         assert_eq!(text(&refusal_headers(&refusal)), ["x-should-retry: false"]);
+    }
+
+    #[test]
+    fn a_call_that_asks_for_more_than_its_day_is_refused_for_good_as_a_quota() {
+        let limits = Limits { tokens_per_day: limit(150), ..Limits::default() };
+        let plan: Plan = [&Arc::new(RuleSet::new(Scope::Key, "alice", &limits))].into_iter().collect();
+        let estimate = Estimate { prompt: 10, completion: 141, guessed: false };
+        let Verdicts::Refused { refusal, .. } = MemoryStore::new(None).reserve(&plan, estimate, Instant64(0)) else {
+            panic!("admitted")
+        };
+        assert_eq!(text(&refusal_headers(&refusal)), ["x-should-retry: false"]);
+        assert_eq!(GatewayError::Limited(Box::new(refusal)).face().code, "quota_exceeded");
     }
 
     #[test]

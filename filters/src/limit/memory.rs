@@ -38,7 +38,7 @@ pub enum Verdicts {
     Admitted {
         /// To renew and settle by.
         id: LeaseId,
-        /// What was reserved: the estimate, clamped to what the limits allow at all.
+        /// What was reserved: the estimate, a guess in it clamped to what the limits allow at all.
         reserved: u64,
         /// How the rules stand with this call in them.
         standings: Standings,
@@ -251,17 +251,21 @@ impl MemoryStore {
     }
 }
 
-/// What to reserve: at least the prompt, and of the guess no more than the tightest limit could ever allow. So a small
-/// first call is not refused for the sake of a guess, and a prompt that no window can hold is refused for good.
+/// What to reserve: at least the prompt, all that the client asked for, and of a guess no more than the tightest limit could
+/// ever allow. So a small first call is not refused for the sake of a guess, and what no window can hold is refused for good.
 fn clamp(plan: &Plan, estimate: Estimate) -> u64 {
     let prompt = estimate.prompt.max(1);
+    let all = prompt.saturating_add(estimate.completion);
+    if !estimate.guessed {
+        return all;
+    }
     let tightest = plan
         .rules()
         .filter(|(_, rule)| !rule.shadow && rule.dimension.unit() == Unit::Tokens)
         .map(|(_, rule)| rule.limit)
         .min()
         .unwrap_or(u64::MAX);
-    prompt.saturating_add(estimate.completion).min(tightest).max(prompt)
+    all.min(tightest).max(prompt)
 }
 
 struct Check<'a> {

@@ -70,7 +70,7 @@ mod tests {
         let plan: Plan = [&key, &route].into_iter().collect();
         let store = MemoryStore::new(None);
         let noon = Instant64::from_secs(20_000 * 86_400 + 43_200);
-        store.reserve(&plan, Estimate { prompt: 30, completion: 70 }, noon);
+        store.reserve(&plan, Estimate { prompt: 30, completion: 70, guessed: false }, noon);
         let show = || {
             let body = body("alice", Some("free"), &store.query(&plan, noon)).unwrap();
             serde_json::from_slice::<serde_json::Value>(&body).unwrap()
@@ -80,10 +80,10 @@ mod tests {
             serde_json::json!({ "scope": scope, "dimension": dimension, "limit": limit, "used": used, "held": held,
                 "remaining": remaining, "resets_in": resets_in })
         };
-        let mut hour = row("route:llm", "requests_per_hour", [5, 1, 0, 4, 3_780]);
+        let mut hour = row("route:llm", "requests_per_hour", [5, 1, 0, 4, 3_600]);
         hour["shadow"] = true.into();
         let expected = serde_json::json!({ "key_id": "alice", "tier": "free", "limits": [
-            row("key", "requests_per_minute", [60, 1, 0, 59, 63]),
+            row("key", "requests_per_minute", [60, 1, 0, 59, 60]),
             row("key", "tokens_per_day", [1_000, 0, 100, 900, 43_200]),
             row("key", "concurrency", [2, 1, 0, 1, 0]),
             hour,

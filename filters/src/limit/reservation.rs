@@ -16,9 +16,11 @@ use crate::usage::Usage;
 pub struct Estimate {
     /// The prompt, by the estimator. Reserved whole, and charged if the call is dispatched and nothing better is known.
     pub prompt: u64,
-    /// The answer: `max_tokens` × `n`, or a learned guess ([`Guesses::get`]). Clamped, so that it alone never refuses a
-    /// call for good.
+    /// The answer: `max_tokens` × `n` as the client said, or a learned guess ([`Guesses::get`]).
     pub completion: u64,
+    /// Whether `completion` is a guess. A guess is clamped, so that it alone never refuses a call for good; what the client
+    /// asked for is not, and a call that asks for more than its limit is refused.
+    pub guessed: bool,
 }
 
 /// Where the counters are.
@@ -220,7 +222,7 @@ impl Reservation {
         &self.standings
     }
 
-    /// Tokens reserved: the estimate, clamped to what the limits allow at all.
+    /// Tokens reserved: the estimate, a guess in it clamped to what the limits allow at all.
     pub fn reserved(&self) -> u64 {
         self.reserved
     }

@@ -1,7 +1,8 @@
 //! Counters of one dimension of one scope, as pure state machines: time comes in as an argument, in microseconds.
 //!
-//! A rolling window of `W` is kept in sub-buckets of `W / 20`; the oldest one that the window still touches is counted
-//! whole. So a trailing window never holds more than the limit, wherever it begins.
+//! A rolling window of `W` is kept in sub-buckets of `W / 20`, each with the time of its last admission. A bucket counts
+//! whole until that admission is `W` old: by then every other in it is older still. So a trailing window never holds more
+//! than the limit, wherever it begins, and what came all at once comes back all at once, after exactly `W`.
 
 use std::collections::VecDeque;
 
@@ -37,7 +38,7 @@ pub(super) enum Verdict {
     Never,
 }
 
-/// How an open lease was charged to a counter: a bucket index, or the start of a calendar period.
+/// How an open lease was charged to a counter: the time of its admission, or the start of its calendar period.
 pub(super) type Grant = u64;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +136,8 @@ impl Counter {
 struct Bucket {
     index: u64,
     count: u64,
+    /// Its last admission; lies within the bucket, so that the order by index is the order by this.
+    last: u64,
 }
 
 /// A rolling window: sparse, at most 21 buckets, ordered by index.
@@ -152,30 +155,24 @@ impl Rolling {
         Self { width: (u64::from(secs) * 1_000_000 / BUCKETS).max(1), total: 0, buckets: VecDeque::new() }
     }
 
-    /// The oldest bucket that still counts at `now`.
-    const fn oldest(&self, now: u64) -> u64 {
-        (now / self.width).saturating_sub(BUCKETS)
-    }
-
-    /// Microseconds from `now` until bucket `index` no longer counts.
-    const fn leaves(&self, index: u64, now: u64) -> u64 {
-        (index + BUCKETS + 1).saturating_mul(self.width).saturating_sub(now)
+    /// When an admission of that time no longer counts.
+    const fn end(&self, admitted: u64) -> u64 {
+        admitted.saturating_add(self.width.saturating_mul(BUCKETS))
     }
 
     fn counted(&self, now: u64) -> impl DoubleEndedIterator<Item = &Bucket> {
-        let oldest = self.oldest(now);
-        self.buckets.iter().filter(move |bucket| bucket.index >= oldest && bucket.count > 0)
+        self.buckets.iter().filter(move |bucket| self.end(bucket.last) > now && bucket.count > 0)
     }
 
     pub(super) fn used(&self, now: u64) -> u64 {
-        let oldest = self.oldest(now);
-        let aged = self.buckets.iter().take_while(|bucket| bucket.index < oldest).map(|bucket| bucket.count);
+        let aged = self.buckets.iter().take_while(|bucket| self.end(bucket.last) <= now).map(|bucket| bucket.count);
         self.total.saturating_sub(aged.sum())
     }
 
     fn reading(&self, now: u64) -> Reading {
-        let next = self.counted(now).next().map_or(0, |bucket| self.leaves(bucket.index, now));
-        let full = self.counted(now).next_back().map_or(0, |bucket| self.leaves(bucket.index, now));
+        let left = |bucket: &Bucket| self.end(bucket.last) - now;
+        let next = self.counted(now).next().map_or(0, left);
+        let full = self.counted(now).next_back().map_or(0, left);
         Reading { used: self.used(now), held: 0, next, full }
     }
 
@@ -188,42 +185,45 @@ impl Rolling {
         for bucket in self.counted(now) {
             used = used.saturating_sub(bucket.count);
             if used <= room {
-                return self.leaves(bucket.index, now).max(1);
+                return self.end(bucket.last) - now;
             }
         }
         0
     }
 
     fn age(&mut self, now: u64) {
-        let oldest = self.oldest(now);
-        while let Some(bucket) = self.buckets.front().copied().filter(|bucket| bucket.index < oldest) {
+        while let Some(bucket) = self.buckets.front().copied().filter(|bucket| self.end(bucket.last) <= now) {
             self.total = self.total.saturating_sub(bucket.count);
             self.buckets.pop_front();
         }
     }
 
-    /// Adds to the bucket of `now`, and says which one that is.
+    /// Adds an admission of now.
     fn add(&mut self, n: u64, now: u64) -> Grant {
         self.age(now);
-        let index = now / self.width;
-        self.put(index, n);
-        index
+        self.put(n, now);
+        now
     }
 
-    fn put(&mut self, index: u64, n: u64) {
+    fn put(&mut self, n: u64, at: u64) {
+        let index = at / self.width;
         self.total = self.total.saturating_add(n);
         match self.buckets.iter().rposition(|bucket| bucket.index <= index) {
-            Some(at) => match self.buckets.get_mut(at).filter(|bucket| bucket.index == index) {
-                Some(bucket) => bucket.count = bucket.count.saturating_add(n),
-                None => self.buckets.insert(at + 1, Bucket { index, count: n }),
+            Some(place) => match self.buckets.get_mut(place).filter(|bucket| bucket.index == index) {
+                Some(bucket) => {
+                    bucket.count = bucket.count.saturating_add(n);
+                    bucket.last = bucket.last.max(at);
+                }
+                None => self.buckets.insert(place + 1, Bucket { index, count: n, last: at }),
             },
-            None => self.buckets.push_front(Bucket { index, count: n }),
+            None => self.buckets.push_front(Bucket { index, count: n, last: at }),
         }
     }
 
     /// Gives back what was prepaid too much, while the bucket of the admission still counts; later it has aged out.
-    pub(super) fn refund(&mut self, index: Grant, n: u64, now: u64) {
+    pub(super) fn refund(&mut self, admitted: Grant, n: u64, now: u64) {
         self.age(now);
+        let index = admitted / self.width;
         if let Some(bucket) = self.buckets.iter_mut().rfind(|bucket| bucket.index == index) {
             let back = n.min(bucket.count);
             bucket.count -= back;
@@ -232,10 +232,11 @@ impl Rolling {
     }
 
     /// Charges what was prepaid too little: at the admission if that still counts, else now, for it must count somewhere.
-    pub(super) fn surcharge(&mut self, index: Grant, n: u64, now: u64) {
+    pub(super) fn surcharge(&mut self, admitted: Grant, n: u64, now: u64) {
         self.age(now);
-        let index = if index < self.oldest(now) { now / self.width } else { index };
-        self.put(index, n);
+        let index = admitted / self.width;
+        let counts = self.end(admitted) > now || self.buckets.iter().any(|bucket| bucket.index == index);
+        self.put(n, if counts { admitted } else { now });
     }
 
     fn clear(&mut self) {
@@ -272,6 +273,29 @@ mod tests {
     }
 
     #[test]
+    fn what_came_at_once_comes_back_at_once_after_exactly_the_window() {
+        for start in [0, 2_999_999, 1_000 * SECOND + 17] {
+            let mut counter = minute();
+            (0..60).for_each(|_| {
+                counter.take_request(Zone::UTC, start);
+            });
+            assert_eq!(check(&counter, 60, start), Verdict::Wait(60 * SECOND));
+            assert_eq!(counter.reading(Zone::UTC, start).full, 60 * SECOND);
+            assert_eq!(check(&counter, 60, start + 60 * SECOND - 1), Verdict::Wait(1));
+            assert_eq!(counter.reading(Zone::UTC, start + 60 * SECOND), Reading::default());
+            assert_eq!(counter.check(60, 60, Zone::UTC, start + 60 * SECOND), Verdict::Fits);
+        }
+    }
+
+    #[test]
+    fn a_bucket_counts_until_its_last_admission_is_old_and_not_longer() {
+        let mut window = Rolling::new(60);
+        window.add(1, 0);
+        window.add(1, 2 * SECOND);
+        assert_eq!((window.used(62 * SECOND - 1), window.used(62 * SECOND)), (2, 0));
+    }
+
+    #[test]
     fn nothing_fits_under_a_limit_of_zero() {
         assert_eq!(check(&minute(), 0, 0), Verdict::Never);
         assert_eq!(check(&Counter::new(Window::Day), 0, 0), Verdict::Never);
@@ -296,7 +320,7 @@ mod tests {
         let first = window.add(100, 0);
         window.surcharge(first, 50, 30 * SECOND);
         assert_eq!(window.used(30 * SECOND), 150);
-        assert_eq!(window.reading(30 * SECOND).full, 33 * SECOND);
+        assert_eq!(window.reading(30 * SECOND).full, 30 * SECOND);
         window.surcharge(first, 7, 90 * SECOND);
         assert_eq!(window.used(90 * SECOND), 7);
     }
@@ -306,7 +330,7 @@ mod tests {
         let mut window = Rolling::new(60);
         window.add(1, 10 * SECOND);
         window.add(1, 40 * SECOND);
-        window.surcharge(5, 4, 41 * SECOND);
+        window.surcharge(15 * SECOND, 4, 41 * SECOND);
         let order: Vec<_> = window.buckets.iter().map(|bucket| bucket.index).collect();
         assert_eq!(order, [3, 5, 13]);
         assert_eq!(window.used(41 * SECOND), 6);

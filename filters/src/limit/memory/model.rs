@@ -55,6 +55,7 @@ enum Step {
         plan: usize,
         prompt: u64,
         completion: u64,
+        guessed: bool,
     },
     Settle {
         lease: usize,
@@ -73,8 +74,9 @@ enum Step {
 fn steps(overrun: bool) -> impl Strategy<Value = Vec<Step>> {
     let tokens = if overrun { 0..700u64 } else { 0..1u64 };
     let step = prop_oneof![
-        6 => (0..6usize, 0..250u64, 0..300u64)
-            .prop_map(|(plan, prompt, completion)| Step::Reserve { plan, prompt, completion }),
+        6 => (0..6usize, 0..250u64, 0..300u64, any::<bool>()).prop_map(|(plan, prompt, completion, guessed)| {
+            Step::Reserve { plan, prompt, completion, guessed }
+        }),
         4 => (0..64usize, tokens.clone()).prop_map(|(lease, tokens)| Step::Settle { lease, tokens }),
         1 => (0..64usize, tokens).prop_map(|(lease, progress)| Step::Renew { lease, progress }),
         4 => (0..SECOND).prop_map(Step::Advance),
@@ -112,11 +114,16 @@ fn place(set: &RuleSet, rule: &Rule) -> Place {
     (set.id().scope(), set.id().name().to_owned(), rule.dimension)
 }
 
-fn width(dimension: Dimension) -> u64 {
+fn span(dimension: Dimension) -> u64 {
     match dimension.window() {
-        Window::Rolling(secs) => u64::from(secs) * SECOND / 20,
+        Window::Rolling(secs) => u64::from(secs) * SECOND,
         Window::Day | Window::Month | Window::Live => panic!("not rolling"),
     }
+}
+
+/// A twentieth of the window, by its number: what lies in one counts until the last of it is as old as the window.
+fn bucket(dimension: Dimension, at: u64) -> u64 {
+    at * 20 / span(dimension)
 }
 
 /// First and last second of the calendar period, by an independent calendar.
@@ -134,12 +141,18 @@ fn period(dimension: Dimension, now: u64) -> (u64, u64) {
 }
 
 impl Model {
+    /// When what lies in the bucket of `at` stops counting; 0 if there is nothing.
+    fn end(&self, place: &Place, at: u64) -> u64 {
+        let log = self.rolling.get(place).map_or(&[][..], |log| log);
+        let same = log.iter().filter(|(other, _)| bucket(place.2, *other) == bucket(place.2, at));
+        same.map(|(other, _)| other + span(place.2)).max().unwrap_or(0)
+    }
+
     fn used(&self, place: &Place, now: u64) -> (i128, i128) {
         match place.2.window() {
             Window::Rolling(_) => {
-                let oldest = (now / width(place.2)).saturating_sub(20);
                 let log = self.rolling.get(place).map_or(&[][..], |log| log);
-                (log.iter().filter(|(index, _)| *index >= oldest).map(|(_, n)| n).sum(), 0)
+                (log.iter().filter(|(at, _)| self.end(place, *at) > now).map(|(_, n)| n).sum(), 0)
             }
             Window::Day | Window::Month => {
                 let (start, _) = period(place.2, now);
@@ -164,8 +177,7 @@ impl Model {
             Window::Live => Verdict::Wait(SECOND),
             Window::Day | Window::Month => Verdict::Wait(period(place.2, self.now).1 - self.now),
             Window::Rolling(_) => {
-                let mut ends: Vec<u64> =
-                    self.rolling[place].iter().map(|(index, _)| (index + 21) * width(place.2)).collect();
+                let mut ends: Vec<u64> = self.rolling[place].iter().map(|(at, _)| self.end(place, *at)).collect();
                 ends.sort_unstable();
                 let end = ends.into_iter().filter(|end| *end > self.now).find(|end| self.used(place, *end).0 <= room);
                 Verdict::Wait(end.unwrap() - self.now)
@@ -192,10 +204,7 @@ impl Model {
             let is_tokens = rule.dimension.unit() == Unit::Tokens;
             let n = if is_tokens { i128::from(tokens) } else { 1 };
             match rule.dimension.window() {
-                Window::Rolling(_) => {
-                    let index = now / width(place.2);
-                    self.rolling.entry(place).or_default().push((index, n));
-                }
+                Window::Rolling(_) => self.rolling.entry(place).or_default().push((now, n)),
                 Window::Day | Window::Month => {
                     let start = period(place.2, now).0;
                     let (used, held) = if is_tokens { (0, n) } else { (n, 0) };
@@ -217,14 +226,12 @@ impl Model {
             match (rule.dimension.window(), rule.dimension.unit()) {
                 (Window::Live, _) if !lease.expired => *self.live.get_mut(&place).unwrap() -= 1,
                 (Window::Rolling(_), Unit::Tokens) => {
-                    let granted = lease.admitted / width(place.2);
-                    let present = self.now / width(place.2);
-                    let counts = granted >= present.saturating_sub(20);
+                    let counts = self.end(&place, lease.admitted) > self.now;
                     let log = self.rolling.get_mut(&place).unwrap();
                     if counts {
-                        log.push((granted, tokens - charged));
+                        log.push((lease.admitted, tokens - charged));
                     } else if tokens > charged {
-                        log.push((present, tokens - charged));
+                        log.push((self.now, tokens - charged));
                     }
                 }
                 (Window::Day | Window::Month, Unit::Tokens) => {
@@ -249,6 +256,17 @@ impl Model {
             }
         }
     }
+}
+
+/// What a call reserves: what it asks for, but of a guess never more than fits into the tightest limit that binds.
+fn reserved(plan: &Plan, estimate: Estimate) -> u64 {
+    let prompt = estimate.prompt.max(1);
+    let fits = |tokens: &u64| {
+        let mut binding = plan.rules().filter(|(_, rule)| !rule.shadow && rule.dimension.unit() == Unit::Tokens);
+        binding.all(|(_, rule)| *tokens <= rule.limit)
+    };
+    let all = prompt + estimate.completion;
+    if !estimate.guessed { all } else { (prompt..=all).rev().find(fits).unwrap_or(prompt) }
 }
 
 struct Run {
@@ -283,7 +301,7 @@ impl Run {
 
     fn reserve(&mut self, index: usize, estimate: Estimate) -> Result<(), TestCaseError> {
         let plan = self.plans[index].clone();
-        let tokens = clamp(&plan, estimate);
+        let tokens = reserved(&plan, estimate);
         let expected = self.model.binding(&plan, tokens);
         match self.store.reserve(&plan, estimate, self.now()) {
             Verdicts::Admitted { id, reserved, .. } => {
@@ -302,6 +320,9 @@ impl Run {
                 prop_assert_eq!(refusal.scope, ScopeId::new(scope, &name).label());
                 prop_assert_eq!(refusal.dimension, dimension.name());
                 prop_assert_eq!(standings.binding().unwrap().rule().dimension, dimension);
+                if let (Some(wait), Window::Rolling(secs)) = (refusal.wait, dimension.window()) {
+                    prop_assert!(wait <= Duration::from_secs(secs.into()));
+                }
                 let wait = refusal.wait.map_or(Verdict::Never, |w| Verdict::Wait(w.as_micros().try_into().unwrap()));
                 prop_assert_eq!(wait, verdict);
             }
@@ -355,7 +376,9 @@ impl Run {
 
     fn step(&mut self, step: Step) -> Result<(), TestCaseError> {
         match step {
-            Step::Reserve { plan, prompt, completion } => self.reserve(plan, Estimate { prompt, completion })?,
+            Step::Reserve { plan, prompt, completion, guessed } => {
+                self.reserve(plan, Estimate { prompt, completion, guessed })?;
+            }
             Step::Settle { lease, tokens } => self.settle(lease, tokens)?,
             Step::Renew { lease, progress } => self.renew(lease, progress)?,
             Step::Advance(micros) => {
@@ -442,7 +465,7 @@ proptest! {
         let now = Instant64::from_secs(1_000_000_000);
         let (mut settled, mut open, mut live) = (0, 0, 0);
         for (prompt, completion, actual) in calls {
-            let Verdicts::Admitted { id, reserved, .. } = store.reserve(&plan, Estimate { prompt, completion }, now)
+            let Verdicts::Admitted { id, reserved, .. } = store.reserve(&plan, Estimate { prompt, completion, guessed: false }, now)
             else { panic!("refused") };
             match actual {
                 Some(actual) => {

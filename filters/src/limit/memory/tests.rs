@@ -25,7 +25,11 @@ fn key(limits: Limits) -> Plan {
 }
 
 fn tokens(prompt: u64, completion: u64) -> Estimate {
-    Estimate { prompt, completion }
+    Estimate { prompt, completion, guessed: false }
+}
+
+fn guess(prompt: u64, completion: u64) -> Estimate {
+    Estimate { prompt, completion, guessed: true }
 }
 
 fn after(secs: u64) -> Instant64 {
@@ -184,7 +188,7 @@ fn a_refusal_leaves_no_state_behind_for_a_scope_that_had_none() {
 fn a_first_call_is_not_refused_for_the_guess_of_its_answer() {
     let plan = key(Limits { tokens_per_minute: limit(100), tokens_per_day: limit(1_000), ..Limits::default() });
     let store = MemoryStore::new(None);
-    let Verdicts::Admitted { reserved, id, .. } = store.reserve(&plan, tokens(20, 1_024), NOON) else {
+    let Verdicts::Admitted { reserved, id, .. } = store.reserve(&plan, guess(20, 1_024), NOON) else {
         panic!("refused")
     };
     assert_eq!(reserved, 100);
@@ -200,7 +204,24 @@ fn a_prompt_larger_than_the_limit_is_refused_for_good() {
     let store = MemoryStore::new(None);
     assert_eq!(refuse(&store, &plan, tokens(101, 0), NOON).wait, None);
     assert_eq!(refuse(&store, &plan, tokens(u64::MAX, u64::MAX), NOON).wait, None);
-    admit(&store, &plan, tokens(100, u64::MAX), NOON);
+    admit(&store, &plan, guess(100, u64::MAX), NOON);
+}
+
+#[test]
+fn what_a_client_asks_for_is_never_clamped() {
+    let plan = key(Limits { tokens_per_minute: limit(100), tokens_per_day: limit(150), ..Limits::default() });
+    let store = MemoryStore::new(None);
+    // More than the limit itself: for good, by the first rule that can never take it.
+    let refusal = refuse(&store, &plan, tokens(20, 81), NOON);
+    assert_eq!((refusal.dimension, refusal.wait), ("tokens_per_minute", None));
+    assert_eq!(state(&store, &plan, NOON), [(0, 0), (0, 0)]);
+    // More than what is left: for as long as it takes.
+    admit(&store, &plan, tokens(20, 40), NOON);
+    let refusal = refuse(&store, &plan, tokens(20, 40), NOON);
+    assert_eq!((refusal.dimension, refusal.wait), ("tokens_per_minute", Some(Duration::from_secs(60))));
+    let refusal = refuse(&store, &plan, tokens(20, 71), after(60));
+    assert_eq!((refusal.dimension, refusal.kind), ("tokens_per_day", LimitKind::Quota));
+    admit(&store, &plan, tokens(20, 70), after(60));
 }
 
 #[test]
@@ -259,9 +280,9 @@ fn requests_and_tokens_of_a_minute_have_windows_of_their_own() {
     let store = MemoryStore::new(None);
     admit(&store, &plan, tokens(90, 0), NOON);
     admit(&store, &plan, tokens(10, 0), after(40));
-    assert_eq!(refuse(&store, &plan, tokens(1, 0), after(50)).wait, Some(Duration::from_secs(13)));
-    admit(&store, &plan, tokens(90, 0), after(63));
-    assert_eq!(refuse(&store, &plan, tokens(1, 0), after(63)).dimension, "requests_per_minute");
+    assert_eq!(refuse(&store, &plan, tokens(1, 0), after(50)).wait, Some(Duration::from_secs(10)));
+    admit(&store, &plan, tokens(90, 0), after(60));
+    assert_eq!(refuse(&store, &plan, tokens(1, 0), after(60)).dimension, "requests_per_minute");
 }
 
 #[test]

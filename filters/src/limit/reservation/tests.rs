@@ -29,7 +29,7 @@ fn ledger() -> (Ledger, Arc<ManualClock>, Plan) {
 }
 
 fn reserve(ledger: &Ledger, plan: &Plan) -> Reservation {
-    match ready(ledger.reserve(plan, Estimate { prompt: 100, completion: 300 })).unwrap() {
+    match ready(ledger.reserve(plan, Estimate { prompt: 100, completion: 300, guessed: false })).unwrap() {
         Decision::Admitted(reservation) => reservation,
         Decision::Refused(refusal, _) => panic!("refused: {refusal:?}"),
     }
