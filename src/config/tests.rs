@@ -88,6 +88,16 @@ fn every_example_loads_on_a_bare_machine() {
 }
 
 #[test]
+fn the_example_of_the_readme_is_right() {
+    let readme = std::fs::read_to_string(conf().join("../README.md")).unwrap();
+    let (_, rest) = readme.split_once("```yaml\n").unwrap();
+    let (example, rest) = rest.split_once("```").unwrap();
+    let loaded = load_text("README.md", example, &Supplied).unwrap_or_else(|problems| panic!("{problems}"));
+    assert_eq!(loaded.warnings, []);
+    assert!(!rest.contains("```yaml"), "only one example is checked here");
+}
+
+#[test]
 fn the_full_example_is_right_in_its_commented_settings_too() {
     let text = uncommented(&std::fs::read_to_string(conf().join("full.yaml")).unwrap());
     let problems = load_text(conf().join("full.yaml").to_str().unwrap(), &text, &Supplied).unwrap_err();
