@@ -40,11 +40,7 @@ pub(crate) fn run(args: &DemoArgs) -> io::Result<ExitCode> {
     runtime.block_on(async {
         let (a, b) = (node("a").await?, node("b").await?);
         let app = DifyApp::start(DifyConfig { keys: vec!["app-demo".to_owned()], ..DifyConfig::default() }).await?;
-        let places = [
-            ("127.0.0.1:18001", a.addr()),
-            ("127.0.0.1:18002", b.addr()),
-            ("127.0.0.1:18003", app.addr()),
-        ];
+        let places = [("127.0.0.1:18001", a.addr()), ("127.0.0.1:18002", b.addr()), ("127.0.0.1:18003", app.addr())];
         let text = configuration(args, &places);
         let loaded = match config::load_text("demo.yaml (built in)", &text, &Process) {
             Ok(loaded) => loaded,
