@@ -116,14 +116,6 @@ pub(crate) async fn run(
     let upstream = &*target.upstream;
     let body = request.body_for(ctx, target);
     let credential = upstream.next_credential();
-    let head = upstream::call_head(
-        client.req_header(),
-        &ctx.exchange,
-        (upstream, node, credential),
-        &request.forwarded,
-        body.len(),
-    )
-    .map_err(|e| failed(Class::ServerError, e.to_string()))?;
     let dispatched = Instant::now();
     let timeouts = upstream.timeouts;
     let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
@@ -133,6 +125,9 @@ pub(crate) async fn run(
     }
     let mut fresh = false;
     let (up, peer) = loop {
+        let toward = (upstream, node, credential);
+        let head = upstream::call_head(client.req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
+            .map_err(|e| failed(Class::ServerError, e.to_string()))?;
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
         // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
         let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
@@ -149,10 +144,10 @@ pub(crate) async fn run(
             }
             Err(Cut::End(end)) => return Err(end),
         };
-        match race(client, &ctx.gateway, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone()))
-            .await
-        {
-            Ok(Ok(())) => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
+        match race(client, &ctx.gateway, dispatched + patience, exchange_heads(&mut up, head, body.clone())).await {
+            // A connection that was made fresh goes into the pool like any other.
+            Ok(Ok(())) if fresh => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
+            Ok(Ok(())) => break (up, peer),
             // The node had closed the pooled connection before it saw the request: that is no attempt yet.
             Ok(Err(error)) if reused && !fresh && upstream::is_stale(&error) => fresh = true,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
