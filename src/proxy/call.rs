@@ -155,19 +155,24 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
         note(ctx, &course, &chosen);
         let Chosen { target, node, guard } = chosen;
         let began = Instant::now();
-        match attempt::run(client, ctx, &mut request, (&target, &node), guard).await {
+        let gateway = Arc::clone(&ctx.gateway);
+        let ended = tokio::select! {
+            biased;
+            ended = attempt::run(client, ctx, &mut request, (&target, &node), guard) => ended,
+            () = gateway.cut.wait() => {
+                ctx.exchange.tally.upstream_time += began.elapsed();
+                observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
+                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
+            }
+        };
+        match ended {
             Ok(answer) => {
-                let refused = answer.head.status.is_client_error();
+                let refused = answer.status.is_client_error();
                 let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
                 observe_attempt(ctx, &target.upstream, &node, outcome);
                 // Nothing is sent again from here on: the body need not be held while the answer streams.
                 drop(request);
                 return relay::run(client, ctx, answer).await;
-            }
-            Err(End::Draining) => {
-                ctx.exchange.tally.upstream_time += began.elapsed();
-                observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
-                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
             }
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);

@@ -1,8 +1,8 @@
 //! The answer from its first useful event to its end: relayed as it comes, read along, cut at its deadlines.
 
 use bytes::Bytes;
-use http::Version;
 use http::header::{self, HeaderName};
+use http::{HeaderMap, Version};
 use pingora_core::protocols::http::ServerSession;
 use pingora_http::ResponseHeader;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
 use super::{Ctx, reply};
 
 /// After the terminal event, the upstream has this long to end the body, else its connection is given up.
-const LAST_CHUNK: Duration = Duration::from_secs(1);
+const LAST_CHUNK: Duration = Duration::from_secs(5);
 
 /// Headers of an upstream's answer that are its own business and not our client's.
 const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
 
 /// Shows the answer to the client and relays it to its end.
-pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
+pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Box<Answer>) -> Outcome {
     note_first_token(ctx, &answer);
     let began = answer.dispatched;
     let _open = answer.stream.then(|| ctx.gateway.metrics.open_stream());
@@ -33,15 +33,16 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
     let tally = &mut ctx.exchange.tally;
     tally.upstream_time += began.elapsed();
     let estimate = ctx.exchange.call.as_ref().map_or(0, |c| c.prompt_tokens());
-    if answer.head.status.is_success() {
+    if answer.status.is_success() {
         tally.usage = Some(answer.meter.usage(estimate));
         tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
     } else if let Some(reservation) = &mut ctx.exchange.reservation {
         reservation.failed();
     }
-    let Answer { up, peer, idle, guard, ended, .. } = answer;
+    let Answer { mut up, peer, idle, guard, .. } = *answer;
     drop(guard);
-    if outcome == Outcome::Answered && ended {
+    // An upstream that did not end its body in time keeps it to itself: its connection is closed.
+    if outcome == Outcome::Answered && up.response_done() {
         ctx.gateway.connector.release_http_session(up, &peer, Some(idle)).await;
     }
     outcome
@@ -68,9 +69,11 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
 }
 
 fn client_head(answer: &Answer, version: Version) -> pingora_core::Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
-    let nominated = nominated(&answer.head.headers);
-    for (name, value) in &answer.head.headers {
+    let none = HeaderMap::new();
+    let theirs = answer.up.response_header().map_or(&none, |head| &head.headers);
+    let mut head = ResponseHeader::build_no_case(answer.status, Some(theirs.len() + 16))?;
+    let nominated = nominated(theirs);
+    for (name, value) in theirs {
         let own = name.as_str().starts_with("x-ratelimit-")
             || name.as_str().starts_with("x-tollgate-")
             || name.as_str().starts_with("ratelimit");
@@ -166,7 +169,8 @@ fn due(answer: &Answer, total: Instant) -> Instant {
     if !answer.stream {
         return total;
     }
-    let patience = if answer.meter.done() { LAST_CHUNK } else { answer.timeouts.between_tokens };
+    let patience = answer.timeouts.between_tokens;
+    let patience = if answer.meter.done() { patience.min(LAST_CHUNK) } else { patience };
     total.min(answer.last_token + patience)
 }
 

@@ -25,7 +25,7 @@ const SHORT_BODY: u64 = 64 * 1024;
 /// # Errors
 /// What Pingora says of the connection.
 pub(crate) async fn send(client: &mut ServerSession, ctx: &mut Ctx, reply: Reply) -> pingora_core::Result<()> {
-    let mut head = ResponseHeader::build(reply.status, Some(16))?;
+    let mut head = ResponseHeader::build_no_case(reply.status, Some(16))?;
     for (name, value) in &reply.headers {
         head.append_header(name, value)?;
     }

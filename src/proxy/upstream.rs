@@ -92,7 +92,7 @@ pub(crate) fn call_head(
 ) -> pingora_core::Result<RequestHeader> {
     let (upstream, node, credential) = toward;
     let path = target(from, &node.prefix);
-    let mut head = RequestHeader::build(from.method.clone(), path.as_bytes(), Some(from.headers.len() + 12))?;
+    let mut head = RequestHeader::build_no_case(from.method.clone(), path.as_bytes(), Some(from.headers.len() + 12))?;
     let own_key = upstream.dialect == Dialect::Dify && credential.is_none();
     let nominated = nominated(&from.headers);
     for (name, value) in &from.headers {
@@ -105,7 +105,7 @@ pub(crate) fn call_head(
             || (KEY_HEADERS.contains(name) && !(own_key && *name == header::AUTHORIZATION))
             || is_nominated(&nominated, name);
         if !dropped {
-            head.append_header(name, value)?;
+            head.append_header(name.clone(), value.clone())?;
         }
     }
     head.insert_header(header::HOST, &*node.authority)?;
