@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
 use tollgate_filters::config::World;
-use tollgate_filters::limit::Ledger;
+use tollgate_filters::limit::{Ledger, RedisOptions};
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
@@ -78,13 +78,13 @@ impl Server {
     pub(crate) async fn start(loaded: &Loaded, world: &dyn World) -> io::Result<Self> {
         let document = &loaded.document;
         let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?);
-        let lasting = Lasting { ledger: Ledger::in_memory(), metrics: Arc::clone(&metrics) };
+        let ledger = ledger(document, world, &metrics).await?;
+        let lasting = Lasting { ledger, metrics: Arc::clone(&metrics) };
         let checked = Checked { document, hash: &loaded.hash };
         let runtime = runtime::build(&checked, None, world, &lasting).map_err(io::Error::other)?;
         resolve::resolve(&runtime).await;
         metrics.set_generation(runtime.generation);
         metrics.reloaded(true);
-        metrics.set_store_up(true);
         let gateway = Arc::new(Gateway {
             live: ArcSwap::from_pointee(runtime),
             connector: connector(document)?,
@@ -160,6 +160,7 @@ impl Server {
         }
         data.abort();
         admin.abort();
+        gateway.ledger.flush(Duration::from_secs(2)).await;
         gateway.access.close(Duration::from_secs(2));
         tracing::info!("ended");
         Ok(())
@@ -178,6 +179,18 @@ async fn drain(gateway: &Gateway, interrupt: &mut tokio::signal::unix::Signal, p
         () = sleep(patience) => tracing::warn!(open = gateway.open.load(Ordering::Acquire), "drain time is over; what is open is cut"),
         _ = interrupt.recv() => {}
     }
+}
+
+/// Where the counters are: the document says; in this process if it says nothing.
+async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) -> io::Result<Ledger> {
+    let Some(redis) = &document.store.redis else {
+        metrics.set_store_up(true);
+        return Ok(Ledger::in_memory());
+    };
+    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
+    let options = RedisOptions { url, timeout, when_down, replicas };
+    Ledger::in_redis(&options, Arc::clone(metrics)).await.map_err(io::Error::other)
 }
 
 /// Lets go of limit state that lies idle.

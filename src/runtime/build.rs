@@ -101,7 +101,11 @@ fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
             models: names(&key.models),
             routes: names(&key.routes),
             expires: key.expires.as_ref().map(|t| u64::try_from(t.0.unix_timestamp()).unwrap_or(0)),
-            rules: Arc::new(RuleSet::new(Scope::Key, &key.id, &limits).in_zone(Zone(key.utc_offset.0))),
+            rules: Arc::new(
+                RuleSet::new(Scope::Key, &key.id, &limits)
+                    .in_zone(Zone(key.utc_offset.0))
+                    .when_down(tier.and_then(|t| t.when_down)),
+            ),
         };
         all.push((hash, Arc::new(caller)));
     }
@@ -274,7 +278,7 @@ fn build_route(
 ) -> Built<Route> {
     let missing = |name: &str| ConfigError::new(format!("routes[{index}]"), format!("there is no upstream `{name}`"));
     let find = |name: &String| upstreams.get(name).cloned().ok_or_else(|| missing(name));
-    let rules = Arc::new(RuleSet::new(Scope::Route, &written.name, &written.limits));
+    let rules = Arc::new(RuleSet::new(Scope::Route, &written.name, &written.limits).when_down(written.when_down));
     let (lane, upstream) = match (&written.call, &written.pass) {
         (Some(call), _) => match &call.upstream {
             Some(name) => {
