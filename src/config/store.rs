@@ -38,4 +38,3 @@ pub(crate) struct Redis {
 const fn timeout() -> Period {
     Period::millis(5)
 }
-
