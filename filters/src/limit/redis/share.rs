@@ -17,8 +17,14 @@ use crate::limit::standing::Standings;
 pub(super) struct Outage {
     store: MemoryStore,
     gateways: u64,
-    /// The part of each scope that was asked for, and the whole that it is the part of.
-    parts: Mutex<HashMap<ScopeId, (Arc<RuleSet>, Arc<RuleSet>)>>,
+    parts: Mutex<HashMap<ScopeId, Part>>,
+}
+
+/// The part of a scope that this gateway may grant.
+#[derive(Debug)]
+struct Part {
+    of: Arc<RuleSet>,
+    set: Arc<RuleSet>,
 }
 
 /// Remembers how the scopes of a plan stand, for the time when nobody can be asked.
@@ -64,9 +70,8 @@ impl Outage {
         let mut parts = self.parts.lock();
         let mut part = Plan::new();
         for whole in plan.sets() {
-            let known = parts.get(whole.id()).filter(|(of, _)| Arc::ptr_eq(of, whole));
-            if let Some((_, set)) = known {
-                part.add(set);
+            if let Some(known) = parts.get(whole.id()).filter(|known| Arc::ptr_eq(&known.of, whole)) {
+                part.add(&known.set);
                 continue;
             }
             let set = Arc::new(whole.share(self.gateways));
@@ -74,8 +79,8 @@ impl Outage {
             if !parts.contains_key(whole.id()) {
                 self.begin(whole, &set);
             }
-            parts.insert(whole.id().clone(), (Arc::clone(whole), Arc::clone(&set)));
             part.add(&set);
+            parts.insert(whole.id().clone(), Part { of: Arc::clone(whole), set });
         }
         part
     }
