@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use tollgate_filters::auth::Keys;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::dialect::Dialect;
+use tollgate_filters::keyring::Keyring;
 use tollgate_filters::limit::{Ledger, RuleSet};
 use tollgate_filters::metrics::{Metrics, NodeMetrics, RouteMetrics};
 use tollgate_filters::model::Model;
@@ -123,6 +124,8 @@ pub(crate) struct Pass {
 pub(crate) struct Lasting {
     /// The ledger.
     pub ledger: Ledger,
+    /// Keys in Redis, if they are asked for.
+    pub keyring: Option<Arc<Keyring>>,
     /// All metrics.
     pub metrics: Arc<Metrics>,
 }

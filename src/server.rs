@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
 use tollgate_filters::config::World;
+use tollgate_filters::keyring::Keyring;
 use tollgate_filters::limit::{Ledger, RedisOptions};
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
@@ -79,7 +80,7 @@ impl Server {
         let document = &loaded.document;
         let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?);
         let ledger = ledger(document, world, &metrics).await?;
-        let lasting = Lasting { ledger, metrics: Arc::clone(&metrics) };
+        let lasting = Lasting { ledger, keyring: keyring(document, world).await?, metrics: Arc::clone(&metrics) };
         let checked = Checked { document, hash: &loaded.hash };
         let runtime = runtime::build(&checked, None, world, &lasting).map_err(io::Error::other)?;
         resolve::resolve(&runtime).await;
@@ -179,6 +180,13 @@ async fn drain(gateway: &Gateway, interrupt: &mut tokio::signal::unix::Signal, p
         () = sleep(patience) => tracing::warn!(open = gateway.open.load(Ordering::Acquire), "drain time is over; what is open is cut"),
         _ = interrupt.recv() => {}
     }
+}
+
+/// The keys in Redis, if the document asks for them.
+async fn keyring(document: &Document, world: &dyn World) -> io::Result<Option<Arc<Keyring>>> {
+    let Some(redis) = document.store.redis.as_ref().filter(|_| document.auth.redis_keys) else { return Ok(None) };
+    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    Keyring::start(&url, redis.timeout.0).await.map(Some).map_err(io::Error::other)
 }
 
 /// Where the counters are: the document says; in this process if it says nothing.

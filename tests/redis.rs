@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::client::at_once;
+use crate::harness::gateway::finish;
 use crate::harness::redis::Redis;
 use crate::harness::{
     ALICE, Conf, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, node,
@@ -173,4 +174,86 @@ async fn a_wrong_password_is_told_in_the_log_without_the_password() {
     let told = gw.output();
     assert!(told.contains("limit store"), "{told}");
     assert!(!told.contains("wrong-password"), "the password is in the log");
+}
+
+/// A gateway that also looks keys up in Redis, and its configuration for the command line.
+async fn with_keys(redis: &Redis, node: &str) -> (Gateway, Conf) {
+    let conf = conf(redis, node, ROOMY, "closed").also("auth: { redis_keys: true }");
+    (Gateway::with(&conf).await, conf)
+}
+
+/// Runs `tollgate keys` and gives its JSON.
+async fn keys(conf: &Conf, words: &[&str]) -> Result<Value, String> {
+    let home = tempfile::TempDir::new().expect("a temporary directory");
+    let file = home.path().join("tollgate.yaml");
+    std::fs::write(&file, conf.to_string()).expect("a file");
+    let mut command = tollgate(&["keys"]);
+    command.args(words).args(["--format", "json", "-c"]).arg(&file);
+    let output = finish(command).await;
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    match output.status.success() {
+        true => Ok(serde_json::from_str(&text).expect("JSON")),
+        false => Err(String::from_utf8(output.stderr).expect("UTF-8")),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_in_redis_works_until_it_is_revoked_in_every_gateway_within_a_second() {
+    let (redis, near) = (Redis::start(), node("qwen").await);
+    let (a, conf) = with_keys(&redis, &near.url()).await;
+    let (b, _) = with_keys(&redis, &near.url()).await;
+    let made = keys(&conf, &["create", "--id", "dora", "--tier", "free", "--limit", "requests_per_minute=3"]).await;
+    let key = made.expect("a key")["key"].as_str().expect("the key").to_owned();
+    let ask = |gw: &Gateway, key: &str| gw.post(PATH).key(key).json(&chat("hi")).send();
+    ask(&a, &key).await.expect(200);
+    ask(&b, &key).await.expect(200);
+    ask(&a, &key).await.expect(200);
+    assert_eq!(ask(&b, &key).await.refusal(), (429, "rate_limit_exceeded".into()));
+    let quota = a.get("/v1/quota").key(&key).send().await.expect(200).json();
+    assert_eq!((quota["key_id"].as_str(), quota["tier"].as_str()), (Some("dora"), Some("free")));
+
+    let listed = keys(&conf, &["list"]).await.expect("a list");
+    assert_eq!(listed["keys"][0]["limits"]["requests_per_minute"], 3);
+    assert!(!listed.to_string().contains(&key) && redis.command(&["EXISTS", &format!("tg:key:{key}")]) == "0");
+    assert!(keys(&conf, &["create", "--id", "dora"]).await.unwrap_err().contains("already"));
+    assert!(keys(&conf, &["create", "--tier", "gold"]).await.unwrap_err().contains("no tier `gold`"));
+
+    let rotated = keys(&conf, &["rotate", "dora"]).await.expect("a new key")["key"].as_str().expect("it").to_owned();
+    let begin = Instant::now();
+    for gw in [&a, &b] {
+        eventually("the old key to be void", || async { ask(gw, &key).await.status() == 401 }).await;
+        // The new one is the same caller, with its minute used up.
+        assert_eq!(ask(gw, &rotated).await.refusal(), (429, "rate_limit_exceeded".into()));
+    }
+    keys(&conf, &["revoke", "dora"]).await.expect("revoked");
+    for gw in [&a, &b] {
+        eventually("the key to be void", || async { ask(gw, &rotated).await.status() == 401 }).await;
+    }
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(keys(&conf, &["revoke", "dora"]).await.unwrap_err().contains("no key `dora`"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_hash_of_an_older_gateway_is_a_key_and_strangers_are_none() {
+    let (redis, near) = (Redis::start(), node("qwen").await);
+    let (gw, _) = with_keys(&redis, &near.url()).await;
+    redis.command(&["HSET", "user:sk-old", "user_id", "u-17", "tier", "free"]);
+    redis.command(&["HSET", "user:sk-gold", "user_id", "u-18", "tier", "gold"]);
+    redis.command(&["HSET", "user:sk-none", "user_id", "u-19"]);
+    let ask = |key: &'static str| gw.post(PATH).key(key).json(&chat("hi")).send();
+    ask("sk-old").await.expect(200);
+    let quota = gw.get("/v1/quota").key("sk-old").send().await.expect(200).json();
+    assert_eq!((quota["key_id"].as_str(), quota["tier"].as_str()), (Some("u-17"), Some("free")));
+    // A tier that nobody knows, or none, would be no limit at all.
+    for key in ["sk-gold", "sk-none", "sk-stranger"] {
+        assert_eq!(ask(key).await.refusal(), (401, "invalid_api_key".into()), "{key}");
+    }
+    ask(ALICE).await.expect(200);
+    // Nobody can be asked: who is known goes on (its limits say what happens), who is not cannot be judged.
+    redis.signal("STOP");
+    eventually("an answer without Redis", || async {
+        ask("sk-other").await.refusal() == (503, "store_unavailable".into())
+    })
+    .await;
+    redis.signal("CONT");
 }

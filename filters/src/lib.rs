@@ -28,6 +28,7 @@ pub mod balance;
 pub mod call;
 pub mod dialect;
 pub mod exchange;
+pub mod keyring;
 pub mod limit;
 pub mod meter;
 pub mod metrics;

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use http::Method;
 use http::header::HeaderName;
-use tollgate_filters::auth::{Auth, AuthConfig, Caller, KeyHash, Keys, hash_key};
+use tollgate_filters::auth::{Auth, AuthConfig, Caller, Elsewhere, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
@@ -38,7 +38,17 @@ pub(crate) fn build(
     lasting: &Lasting,
 ) -> Built<Runtime> {
     let document = checked.document;
-    let keys = Arc::new(keys(document, world)?);
+    let generation = before.map_or(1, |b| b.generation + 1);
+    let elsewhere = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys).map(|keyring| Elsewhere {
+        keyring: Arc::clone(keyring),
+        tiers: document
+            .tiers
+            .iter()
+            .map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)))
+            .collect(),
+        generation,
+    });
+    let keys = Arc::new(keys(document, world)?.and(elsewhere));
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));
     let deps = Deps {
         keys: Arc::clone(&keys),
@@ -56,7 +66,7 @@ pub(crate) fn build(
         u.nodes.iter().map(|n| ((Arc::clone(&u.name), Arc::clone(&n.name)), lasting.metrics.node(&u.name, &n.name)))
     });
     Ok(Runtime {
-        generation: before.map_or(1, |b| b.generation + 1),
+        generation,
         hash: checked.hash.to_owned(),
         since: SystemTime::now(),
         router,
