@@ -33,6 +33,7 @@ enum Command {
     Check(cli::check::CheckArgs),
     Explain(cli::explain::ExplainArgs),
     Schema(cli::schema::SchemaArgs),
+    Keys(cli::keys::KeysArgs),
     Completions(cli::completions::CompletionsArgs),
     Man(cli::completions::ManArgs),
 }
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Command::Check(args) => cli::check::run(&args, &Process, &mut out, &mut err),
         Command::Explain(args) => cli::explain::run(&args, &Process, &mut out, &mut err),
         Command::Schema(args) => cli::schema::run(&args, &mut out),
+        Command::Keys(args) => cli::keys::run(&args, &Process, &mut out, &mut err),
         Command::Completions(args) => cli::completions::run::<Cli>(&args, &mut out),
         Command::Man(args) => cli::completions::man::<Cli>(&args, &mut out),
     };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use tollgate_filters::auth::Keys;
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::limit::{Ledger, RuleSet};
@@ -125,6 +126,8 @@ pub(crate) struct Pass {
 pub(crate) struct Lasting {
     /// The ledger.
     pub ledger: Ledger,
+    /// Keys in Redis, if they are asked for.
+    pub keyring: Option<Arc<Keyring>>,
     /// All metrics.
     pub metrics: Arc<Metrics>,
 }

@@ -19,8 +19,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::config::World;
-use tollgate_filters::limit::Ledger;
+use tollgate_filters::limit::{Ledger, RedisOptions};
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
@@ -78,13 +79,13 @@ impl Server {
     pub(crate) async fn start(loaded: &Loaded, world: &dyn World) -> io::Result<Self> {
         let document = &loaded.document;
         let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?);
-        let lasting = Lasting { ledger: Ledger::in_memory(), metrics: Arc::clone(&metrics) };
+        let ledger = ledger(document, world, &metrics).await?;
+        let lasting = Lasting { ledger, keyring: keyring(document, world).await?, metrics: Arc::clone(&metrics) };
         let checked = Checked { document, hash: &loaded.hash };
         let runtime = runtime::build(&checked, None, world, &lasting).map_err(io::Error::other)?;
         resolve::resolve(&runtime).await;
         metrics.set_generation(runtime.generation);
         metrics.reloaded(true);
-        metrics.set_store_up(true);
         let gateway = Arc::new(Gateway {
             live: ArcSwap::from_pointee(runtime),
             connector: connector(document)?,
@@ -161,6 +162,7 @@ impl Server {
         }
         data.abort();
         admin.abort();
+        gateway.ledger.flush(Duration::from_secs(2)).await;
         gateway.access.close(Duration::from_secs(2));
         tracing::info!("ended");
         Ok(())
@@ -188,6 +190,25 @@ async fn idle(gateway: &Gateway) {
     while gateway.open.load(Ordering::Acquire) > 0 {
         sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// The keys in Redis, if the document asks for them.
+async fn keyring(document: &Document, world: &dyn World) -> io::Result<Option<Arc<Keyring>>> {
+    let Some(redis) = document.store.redis.as_ref().filter(|_| document.auth.redis_keys) else { return Ok(None) };
+    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    Keyring::start(&url, redis.timeout.0).await.map(Some).map_err(io::Error::other)
+}
+
+/// Where the counters are: the document says; in this process if it says nothing.
+async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) -> io::Result<Ledger> {
+    let Some(redis) = &document.store.redis else {
+        metrics.set_store_up(true);
+        return Ok(Ledger::in_memory());
+    };
+    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
+    let options = RedisOptions { url, timeout, when_down, replicas };
+    Ledger::in_redis(&options, Arc::clone(metrics)).await.map_err(io::Error::other)
 }
 
 /// Lets go of limit state that lies idle.

@@ -5,6 +5,7 @@ pub(crate) mod client;
 pub(crate) mod conf;
 pub(crate) mod gateway;
 pub(crate) mod raw;
+pub(crate) mod redis;
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};

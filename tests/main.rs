@@ -16,6 +16,7 @@ mod itself;
 mod limits;
 mod models;
 mod pass;
+mod redis;
 mod routing;
 mod sdk;
 mod stream;

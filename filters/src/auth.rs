@@ -10,10 +10,12 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::auth::keyring::{Keyring, Record};
 use crate::error::{BadRequest, GatewayError, Result};
-use crate::limit::RuleSet;
+use crate::limit::{Limits, RuleSet, Scope, WhenDown};
 
 mod filter;
+pub mod keyring;
 
 pub use filter::{Auth, AuthConfig};
 
@@ -83,12 +85,78 @@ impl Caller {
 pub struct Keys {
     by_hash: HashMap<KeyHash, Arc<Caller>>,
     sources: Vec<Source>,
+    elsewhere: Option<Elsewhere>,
+}
+
+/// Keys that are not in the configuration, and the tiers that they may be of.
+#[derive(Debug)]
+pub struct Elsewhere {
+    /// Where they are looked up.
+    pub keyring: Arc<Keyring>,
+    /// The limits of each tier, and what happens to its calls while the store is away.
+    pub tiers: HashMap<String, (Limits, Option<WhenDown>)>,
+    /// The number of the configuration.
+    pub generation: u64,
+}
+
+impl Elsewhere {
+    /// The caller of a record.
+    ///
+    /// # Errors
+    /// A tier that the configuration does not have, limits that are none.
+    pub fn caller(&self, record: &Record) -> std::result::Result<Caller, String> {
+        let tier = match &record.tier {
+            Some(name) => Some(self.tiers.get(name).ok_or_else(|| format!("there is no tier `{name}`"))?),
+            None => None,
+        };
+        let limits = tier.map(|(limits, _)| limits.clone()).unwrap_or_default().overridden(&record.own_limits()?);
+        let names = |names: &Vec<String>| names.iter().map(|name| name.as_str().into()).collect();
+        let rules = RuleSet::new(Scope::Key, &record.id, &limits).when_down(tier.and_then(|(_, policy)| *policy));
+        Ok(Caller {
+            id: record.id.as_str().into(),
+            tier: record.tier.as_deref().map(Into::into),
+            models: record.models.as_ref().map(names),
+            routes: record.routes.as_ref().map(names),
+            expires: record.expires,
+            rules: Arc::new(rules),
+        })
+    }
 }
 
 impl Keys {
     /// Keys by hash, and the places of a request where one is looked for, in order.
     pub fn new(keys: impl IntoIterator<Item = (KeyHash, Arc<Caller>)>, sources: Vec<Source>) -> Self {
-        Self { by_hash: keys.into_iter().collect(), sources }
+        Self { by_hash: keys.into_iter().collect(), sources, elsewhere: None }
+    }
+
+    /// Also with keys that are looked up elsewhere; those of the configuration come first.
+    #[must_use]
+    pub fn and(self, elsewhere: Option<Elsewhere>) -> Self {
+        Self { elsewhere, ..self }
+    }
+
+    /// Where else keys are looked up.
+    pub fn elsewhere(&self) -> Option<&Elsewhere> {
+        self.elsewhere.as_ref()
+    }
+
+    /// Like [`Keys::identify`], but also looks where it may have to wait.
+    ///
+    /// # Errors
+    /// As [`Keys::identify`]; `store_unavailable` if the key is not in the configuration and nobody can be asked.
+    pub async fn find(&self, headers: &HeaderMap, query: &str, now: u64) -> Result<Arc<Caller>> {
+        let found = self.identify(headers, query, now);
+        let (Err(GatewayError::InvalidApiKey), Some(elsewhere)) = (&found, &self.elsewhere) else { return found };
+        let key = self.presented(headers, query)?.ok_or(GatewayError::MissingApiKey)?;
+        if self.by_hash.contains_key(&hash_key(key)) {
+            return found;
+        }
+        let make = |record: &Record| elsewhere.caller(record);
+        let caller = elsewhere.keyring.find(key, elsewhere.generation, make).await?;
+        if caller.expires.is_some_and(|expires| expires <= now) {
+            return Err(GatewayError::InvalidApiKey);
+        }
+        Ok(caller)
     }
 
     /// How many keys there are.
@@ -240,7 +308,7 @@ mod tests {
             Ok("alice".into()),
             "a real key wins over a stray parameter"
         );
-        let asked = Keys { by_hash: keys().by_hash, sources: vec![Source::Query] };
+        let asked = Keys { by_hash: keys().by_hash, sources: vec![Source::Query], elsewhere: None };
         assert_eq!(&*asked.identify(&HeaderMap::new(), "x=1&api_key=alice-key", 0).unwrap().id, "alice");
     }
 }

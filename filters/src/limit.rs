@@ -6,7 +6,7 @@
 //!
 //! - `dimension` the words of the configuration, `rule` a scope with its limits
 //! - `window`, `calendar` the pure state machines, time as an argument
-//! - `memory` the counters of one process; `reservation` the ledger in front of the store
+//! - `memory` the counters of one process, `redis` those of many; `reservation` the ledger in front of the store
 //! - `filter` where a request meets the ledger
 //! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
 
@@ -18,6 +18,7 @@ pub mod guess;
 pub mod headers;
 pub mod memory;
 pub mod quota;
+mod redis;
 pub mod reservation;
 pub mod rule;
 mod standing;
@@ -25,6 +26,7 @@ mod window;
 
 pub use clock::{Clock, Instant64, ManualClock, SystemClock};
 pub use dimension::{Dimension, Limit, Limits};
+pub use redis::shared::RedisOptions;
 pub use reservation::{Decision, Estimate, Ledger, Reservation};
-pub use rule::{Plan, Rule, RuleSet, Scope, ScopeId};
+pub use rule::{Plan, Rule, RuleSet, Scope, ScopeId, WhenDown};
 pub use standing::{Standing, Standings};

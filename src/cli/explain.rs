@@ -71,7 +71,7 @@ pub(crate) fn run(
         }
     };
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?;
-    let lasting = Lasting { ledger: Ledger::in_memory(), metrics: metrics.into() };
+    let lasting = Lasting { ledger: Ledger::in_memory(), keyring: None, metrics: metrics.into() };
     let checked = Checked { document: &loaded.document, hash: &loaded.hash };
     let runtime = runtime::build(&checked, None, world, &lasting).map_err(io::Error::other)?;
     match explain(args, &runtime) {

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tollgate_filters::config::{Period, SecretSource};
+pub(crate) use tollgate_filters::limit::WhenDown;
 
 /// Where counters and keys live. Without `redis`: in memory, one process.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -36,17 +37,4 @@ pub(crate) struct Redis {
 
 const fn timeout() -> Period {
     Period::millis(5)
-}
-
-/// What happens to calls while Redis is away or slow.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum WhenDown {
-    /// Every gateway enforces its share of the limit on its own.
-    #[default]
-    Share,
-    /// Calls are admitted uncounted.
-    Open,
-    /// Calls are refused with 503.
-    Closed,
 }

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use http::Method;
 use http::header::HeaderName;
-use tollgate_filters::auth::{Auth, AuthConfig, Caller, KeyHash, Keys, hash_key};
+use tollgate_filters::auth::{Auth, AuthConfig, Caller, Elsewhere, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
@@ -38,7 +38,17 @@ pub(crate) fn build(
     lasting: &Lasting,
 ) -> Built<Runtime> {
     let document = checked.document;
-    let keys = Arc::new(keys(document, world)?);
+    let generation = before.map_or(1, |b| b.generation + 1);
+    let elsewhere = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys).map(|keyring| Elsewhere {
+        keyring: Arc::clone(keyring),
+        tiers: document
+            .tiers
+            .iter()
+            .map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)))
+            .collect(),
+        generation,
+    });
+    let keys = Arc::new(keys(document, world)?.and(elsewhere));
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));
     let deps = Deps {
         keys: Arc::clone(&keys),
@@ -56,7 +66,7 @@ pub(crate) fn build(
         u.nodes.iter().map(|n| ((Arc::clone(&u.name), Arc::clone(&n.name)), lasting.metrics.node(&u.name, &n.name)))
     });
     Ok(Runtime {
-        generation: before.map_or(1, |b| b.generation + 1),
+        generation,
         hash: checked.hash.to_owned(),
         since: SystemTime::now(),
         router,
@@ -102,7 +112,11 @@ fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
             models: names(&key.models),
             routes: names(&key.routes),
             expires: key.expires.as_ref().map(|t| u64::try_from(t.0.unix_timestamp()).unwrap_or(0)),
-            rules: Arc::new(RuleSet::new(Scope::Key, &key.id, &limits).in_zone(Zone(key.utc_offset.0))),
+            rules: Arc::new(
+                RuleSet::new(Scope::Key, &key.id, &limits)
+                    .in_zone(Zone(key.utc_offset.0))
+                    .when_down(tier.and_then(|t| t.when_down)),
+            ),
         };
         all.push((hash, Arc::new(caller)));
     }
@@ -271,7 +285,7 @@ fn build_route(
 ) -> Built<Route> {
     let missing = |name: &str| ConfigError::new(format!("routes[{index}]"), format!("there is no upstream `{name}`"));
     let find = |name: &String| upstreams.get(name).cloned().ok_or_else(|| missing(name));
-    let rules = Arc::new(RuleSet::new(Scope::Route, &written.name, &written.limits));
+    let rules = Arc::new(RuleSet::new(Scope::Route, &written.name, &written.limits).when_down(written.when_down));
     let (lane, upstream) = match (&written.call, &written.pass) {
         (Some(call), _) => match &call.upstream {
             Some(name) => {

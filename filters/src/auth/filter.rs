@@ -31,7 +31,8 @@ impl Filter for Auth {
     }
 
     async fn arrive(&self, head: &http::request::Parts, arrival: &mut Arrival) -> Result<Flow> {
-        let caller = self.keys.identify(&head.headers, head.uri.query().unwrap_or_default(), arrival.unix_seconds)?;
+        let query = head.uri.query().unwrap_or_default();
+        let caller = self.keys.find(&head.headers, query, arrival.unix_seconds).await?;
         if !caller.may_use_route(&arrival.route) {
             return Err(GatewayError::RouteNotAllowed);
         }

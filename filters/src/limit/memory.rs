@@ -6,9 +6,10 @@
 
 mod lease;
 #[cfg(test)]
-mod model;
+pub(super) mod model;
 mod scope;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use super::window::{Counter, Grant, Verdict};
 use crate::error::{LimitKind, Refusal};
 
 /// How long a lease that expired is remembered, so that a true figure that comes late still corrects the charge.
-const TOMBSTONE: Duration = Duration::from_secs(3_600);
+pub(super) const TOMBSTONE: Duration = Duration::from_secs(3_600);
 
 /// Names one reservation in its store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +60,8 @@ pub enum Settled {
     Done,
     /// There is no such lease any more: it was settled before. Nothing changed.
     Duplicate,
+    /// The store has lost its data since the lease was made; never in memory.
+    Lost,
 }
 
 /// What became of a renewal.
@@ -132,6 +135,17 @@ impl MemoryStore {
             },
         );
         Verdicts::Admitted { id, reserved: tokens, standings: Standings::new(plan.clone(), rows) }
+    }
+
+    /// Counts what was used of a scope elsewhere, as of `at`: one amount for each of its rules.
+    pub(super) fn seed(&self, set: &Arc<RuleSet>, amounts: impl Iterator<Item = u64>, at: Instant64) {
+        let mut locked = self.scopes.lock(&[set].into_iter().collect());
+        let Some(scope) = locked.open(set) else { return };
+        for (rule, n) in set.rules().iter().zip(amounts).filter(|(_, n)| *n > 0) {
+            if let Some(counter) = scope.counter_mut(rule.dimension) {
+                counter.seed(n, set.zone(), at.micros());
+            }
+        }
     }
 
     /// Charges what a call really used and gives its slots back. Settling twice is settling once.
@@ -253,7 +267,7 @@ impl MemoryStore {
 
 /// What to reserve: at least the prompt, all that the client asked for, and of a guess no more than the tightest limit could
 /// ever allow. So a small first call is not refused for the sake of a guess, and what no window can hold is refused for good.
-fn clamp(plan: &Plan, estimate: Estimate) -> u64 {
+pub(super) fn clamp(plan: &Plan, estimate: Estimate) -> u64 {
     let prompt = estimate.prompt.max(1);
     let all = prompt.saturating_add(estimate.completion);
     if !estimate.guessed {
@@ -275,17 +289,18 @@ struct Check<'a> {
     over: u64,
 }
 
+/// A rule that refuses.
 #[derive(Clone, Copy)]
-struct Refusing<'a> {
+pub(super) struct Refusing<'a> {
     /// Its place in the plan.
-    ordinal: usize,
-    set: &'a RuleSet,
-    rule: &'a Rule,
-    verdict: Verdict,
+    pub(super) ordinal: usize,
+    pub(super) set: &'a RuleSet,
+    pub(super) rule: &'a Rule,
+    pub(super) verdict: Verdict,
 }
 
 impl Refusing<'_> {
-    fn refusal(&self) -> Refusal {
+    pub(super) fn refusal(&self) -> Refusal {
         let wait = match self.verdict {
             Verdict::Wait(micros) => Some(Duration::from_micros(micros)),
             Verdict::Fits | Verdict::Never => None,

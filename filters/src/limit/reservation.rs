@@ -6,9 +6,11 @@ use std::time::Duration;
 use super::clock::{Clock, Instant64, SystemClock};
 use super::guess::Guesses;
 use super::memory::{LeaseId, MemoryStore, Verdicts};
+use super::redis::shared::{Answer, Live, RedisOptions, Shared};
 use super::rule::{Plan, ScopeId};
 use super::standing::Standings;
 use crate::error::{GatewayError, Refusal, Result};
+use crate::metrics::Metrics;
 use crate::usage::Usage;
 
 /// What a call will probably use, in tokens.
@@ -24,10 +26,18 @@ pub struct Estimate {
 }
 
 /// Where the counters are.
-#[derive(Debug)]
 enum Store {
     /// In this process.
     Memory(MemoryStore),
+    /// In Redis, for several gateways.
+    Shared(Arc<Shared>),
+}
+
+/// By what a reservation is settled.
+#[derive(Debug)]
+enum Hold {
+    Lease(LeaseId),
+    Live(Arc<Live>),
 }
 
 struct Inner {
@@ -70,6 +80,28 @@ impl Ledger {
         Self(Arc::new(Inner { store, clock, guesses: Guesses::default() }))
     }
 
+    /// A ledger that several gateways share. Must be called in the tokio runtime that is to look after the connection. A
+    /// store that is away at the start may come later; until then calls are decided as `when_down` says.
+    ///
+    /// # Errors
+    /// An address that is none; in words.
+    pub async fn in_redis(options: &RedisOptions, metrics: Arc<Metrics>) -> Result<Self, String> {
+        let store = Store::Shared(Shared::start(options, metrics).await?);
+        Ok(Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() })))
+    }
+
+    /// Whether the counters are shared by several gateways.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.0.store, Store::Shared(_))
+    }
+
+    /// Waits until the calls that ended are charged, at most so long: before the process ends.
+    pub async fn flush(&self, patience: Duration) {
+        if let Store::Shared(shared) = &self.0.store {
+            shared.flush(patience).await;
+        }
+    }
+
     /// Decides a call over all rules of `plan` in one step, before its first attempt.
     ///
     /// # Errors
@@ -77,17 +109,22 @@ impl Ledger {
     pub async fn reserve(&self, plan: &Plan, estimate: Estimate) -> Result<Decision, GatewayError> {
         match &self.0.store {
             Store::Memory(memory) => Ok(match memory.reserve(plan, estimate, self.now()) {
-                Verdicts::Admitted { id, reserved, standings } => Decision::Admitted(Reservation {
-                    ledger: self.clone(),
-                    id: Some(id),
-                    prompt: estimate.prompt,
-                    reserved,
-                    known: Known::Nothing,
-                    standings,
-                }),
+                Verdicts::Admitted { id, reserved, standings } => {
+                    Decision::Admitted(self.hold(Hold::Lease(id), estimate.prompt, reserved, standings))
+                }
                 Verdicts::Refused { refusal, standings } => Decision::Refused(refusal, standings),
             }),
+            Store::Shared(shared) => Ok(match shared.reserve(plan, estimate).await? {
+                Answer::Admitted { live, reserved, standings } => {
+                    Decision::Admitted(self.hold(Hold::Live(live), estimate.prompt, reserved, standings))
+                }
+                Answer::Refused(refusal, standings) => Decision::Refused(refusal, standings),
+            }),
         }
+    }
+
+    fn hold(&self, hold: Hold, prompt: u64, reserved: u64, standings: Standings) -> Reservation {
+        Reservation { ledger: self.clone(), hold: Some(hold), prompt, reserved, known: Known::Nothing, standings }
     }
 
     /// How the rules of `plan` stand, without consuming anything.
@@ -97,6 +134,7 @@ impl Ledger {
     pub async fn query(&self, plan: &Plan) -> Result<Standings, GatewayError> {
         match &self.0.store {
             Store::Memory(memory) => Ok(memory.query(plan, self.now())),
+            Store::Shared(shared) => shared.query(plan).await,
         }
     }
 
@@ -106,15 +144,19 @@ impl Ledger {
     /// [`GatewayError::StoreUnavailable`] if the store is away; never in memory.
     pub async fn reset(&self, id: &ScopeId) -> Result<(), GatewayError> {
         match &self.0.store {
-            Store::Memory(memory) => memory.reset(id, self.now()),
+            Store::Memory(memory) => {
+                memory.reset(id, self.now());
+                Ok(())
+            }
+            Store::Shared(shared) => shared.reset(id).await,
         }
-        Ok(())
     }
 
     /// Drops state that lies idle. To be called about every [`Ledger::SWEEP`].
     pub fn sweep(&self) {
         match &self.0.store {
             Store::Memory(memory) => memory.sweep(self.now()),
+            Store::Shared(shared) => shared.sweep(),
         }
     }
 
@@ -125,6 +167,7 @@ impl Ledger {
     pub fn inflight(&self) -> usize {
         match &self.0.store {
             Store::Memory(memory) => memory.open(),
+            Store::Shared(shared) => shared.open(),
         }
     }
 
@@ -132,6 +175,7 @@ impl Ledger {
     pub fn lost_tokens(&self) -> u64 {
         match &self.0.store {
             Store::Memory(memory) => memory.lost_tokens(),
+            Store::Shared(shared) => shared.lost_tokens(),
         }
     }
 
@@ -144,12 +188,15 @@ impl Ledger {
         self.0.clock.now()
     }
 
-    fn settle(&self, id: LeaseId, tokens: u64) {
-        match &self.0.store {
+    fn settle(&self, hold: &Hold, tokens: u64) {
+        match (&self.0.store, hold) {
             // A few microseconds without waiting for anything but another settlement: done in place.
-            Store::Memory(memory) => {
-                memory.settle(id, tokens, self.now());
+            (Store::Memory(memory), Hold::Lease(id)) => {
+                memory.settle(*id, tokens, self.now());
             }
+            (Store::Shared(shared), Hold::Live(live)) => shared.settle(live, tokens),
+            // A reservation is settled in the ledger that made it.
+            (Store::Memory(_), Hold::Live(_)) | (Store::Shared(_), Hold::Lease(_)) => {}
         }
     }
 }
@@ -174,7 +221,7 @@ enum Known {
 pub struct Reservation {
     ledger: Ledger,
     /// Taken by whatever settles first.
-    id: Option<LeaseId>,
+    hold: Option<Hold>,
     prompt: u64,
     reserved: u64,
     known: Known,
@@ -186,6 +233,7 @@ impl Reservation {
     pub fn dispatched(&mut self) {
         if self.known == Known::Nothing {
             self.known = Known::Dispatched;
+            self.tell();
         }
     }
 
@@ -204,6 +252,7 @@ impl Reservation {
             Known::Seen(before) => Known::Seen(before.max(seen)),
             Known::Nothing | Known::Dispatched => Known::Seen(seen),
         };
+        self.tell();
     }
 
     /// Charges what the call used, as the final truth; zero if it says zero. Where no usage is known, tell
@@ -227,21 +276,32 @@ impl Reservation {
         self.reserved
     }
 
+    /// What is charged if nothing more becomes known.
+    const fn charge(&self) -> u64 {
+        match self.known {
+            Known::Nothing => 0,
+            Known::Dispatched => self.prompt,
+            Known::Seen(tokens) => tokens,
+        }
+    }
+
+    /// Lets the shared store know of progress, in case this process is killed.
+    fn tell(&self) {
+        if let Some(Hold::Live(live)) = &self.hold {
+            live.progress(self.charge());
+        }
+    }
+
     fn finish(&mut self, tokens: u64) {
-        if let Some(id) = self.id.take() {
-            self.ledger.settle(id, tokens);
+        if let Some(hold) = self.hold.take() {
+            self.ledger.settle(&hold, tokens);
         }
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let tokens = match self.known {
-            Known::Nothing => 0,
-            Known::Dispatched => self.prompt,
-            Known::Seen(tokens) => tokens,
-        };
-        self.finish(tokens);
+        self.finish(self.charge());
     }
 }
 

@@ -5,9 +5,14 @@ use std::fmt::Write as _;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
+use schemars::JsonSchema;
+use serde::Deserialize;
 use smallvec::SmallVec;
 
+use super::clock::Instant64;
 use super::dimension::{Dimension, Limits, Window};
+use super::redis::Wire;
 
 /// What a limit counts over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -129,7 +134,54 @@ pub struct RuleSet {
     id: ScopeId,
     zone: Zone,
     rules: Box<[Rule]>,
+    when_down: Option<WhenDown>,
+    remote: Remote,
 }
+
+/// What happens to calls while the store that the gateways share is away or slow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenDown {
+    /// Every gateway enforces its share of the limit on its own.
+    #[default]
+    Share,
+    /// Calls are admitted uncounted.
+    Open,
+    /// Calls are refused with 503.
+    Closed,
+}
+
+/// What is remembered of a scope whose counters are elsewhere; no part of what the scope is.
+#[derive(Debug, Default)]
+pub(super) struct Remote {
+    /// The scope as it is written there.
+    pub(super) wire: OnceLock<Wire>,
+    /// How its rules stood when they were last heard of.
+    pub(super) known: Mutex<Option<Known>>,
+}
+
+/// How the rules of a scope stood.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    /// When that was, by the gateway's clock.
+    pub(super) at: Instant64,
+    /// What was left of each rule, in their order.
+    pub(super) remaining: SmallVec<[u64; 6]>,
+}
+
+impl Clone for Remote {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for Remote {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Remote {}
 
 impl RuleSet {
     /// The limits of one scope. For a key, `limits` is its tier overridden by its own rows ([`Limits::overridden`]).
@@ -141,7 +193,23 @@ impl RuleSet {
             shadow: limit.shadow,
             policy: policy_name(&id, dimension),
         });
-        Self { rules: rules.collect(), zone: Zone::UTC, id }
+        Self { rules: rules.collect(), zone: Zone::UTC, when_down: None, remote: Remote::default(), id }
+    }
+
+    /// The same limits with a word of their own on what happens while the store is away.
+    #[must_use]
+    pub fn when_down(self, when_down: Option<WhenDown>) -> Self {
+        Self { when_down, ..self }
+    }
+
+    /// The part of these limits that one of `gateways` may grant on its own.
+    pub(super) fn share(&self, gateways: u64) -> Self {
+        let rule = |rule: &Rule| Rule { limit: rule.limit / gateways.max(1), ..rule.clone() };
+        Self { rules: self.rules.iter().map(rule).collect(), ..self.clone() }
+    }
+
+    pub(super) const fn remote(&self) -> &Remote {
+        &self.remote
     }
 
     /// The same limits with calendar days of another zone.
@@ -199,6 +267,7 @@ pub(super) const fn window_secs(window: Window) -> Option<u32> {
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
     sets: SmallVec<[Arc<RuleSet>; 4]>,
+    when_down: Option<WhenDown>,
 }
 
 impl Plan {
@@ -209,6 +278,10 @@ impl Plan {
 
     /// Adds a scope. One without limits is left out, and so is one that is in the plan already: it would count twice.
     pub fn add(&mut self, set: &Arc<RuleSet>) {
+        // What a route says wins over what a tier says.
+        if self.when_down.is_none() || set.id.scope == Scope::Route {
+            self.when_down = set.when_down.or(self.when_down);
+        }
         if !set.rules.is_empty() && self.sets.iter().all(|known| known.id != set.id) {
             self.sets.push(Arc::clone(set));
         }
@@ -222,6 +295,16 @@ impl Plan {
     /// Every rule with its scope, in a fixed order.
     pub fn rules(&self) -> impl Iterator<Item = (&RuleSet, &Rule)> {
         self.sets.iter().flat_map(|set| set.rules.iter().map(move |rule| (&**set, rule)))
+    }
+
+    /// What happens to the call while the store is away, if one of its scopes says.
+    pub const fn when_down(&self) -> Option<WhenDown> {
+        self.when_down
+    }
+
+    /// A number for the set of scopes, whatever their order.
+    pub(super) fn hash_value(&self) -> u64 {
+        self.sets.iter().fold(0, |sum, set| sum.wrapping_add(set.id.hash))
     }
 
     /// Whether nothing limits the call.

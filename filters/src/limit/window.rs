@@ -113,6 +113,19 @@ impl Counter {
         }
     }
 
+    /// Counts what was used elsewhere.
+    pub(super) fn seed(&mut self, n: u64, zone: Zone, at: u64) {
+        match self {
+            Self::Rolling(window) => {
+                window.add(n, at);
+            }
+            Self::Calendar(calendar) => {
+                calendar.spend(n, zone, at);
+            }
+            Self::Live(count) => *count = count.saturating_add(n),
+        }
+    }
+
     /// Forgets what was used; what is live or held stays, for it is still true.
     pub(super) fn reset(&mut self) {
         match self {

@@ -46,7 +46,6 @@ const fn lack(path: &'static str, when: When, risk: Risk, hint: &'static str) ->
 #[rustfmt::skip]
 pub(in crate::config) const LACKS: &[Lack] = &[
     lack("auth.jwt", Asked, Refuse, "callers are recognised by `keys`"),
-    lack("auth.redis_keys", Asked, Refuse, "callers are recognised by `keys`"),
     lack("upstreams.*.discover", Without("nodes"), Refuse, "list the nodes under `nodes`"),
     lack("models.*.resume", Says(&["continue", "replay"]), Refuse, "write `resume: off`: a broken stream ends with an error event"),
 

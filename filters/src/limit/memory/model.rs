@@ -1,4 +1,4 @@
-//! The store against a naive model: an append-only log of every charge, summed anew for every question.
+//! The stores against a naive model: an append-only log of every charge, summed anew for every question.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,49 @@ use crate::limit::dimension::{Dimension, Limit, Limits};
 use crate::limit::rule::{Rule, RuleSet, Scope};
 
 const SECOND: u64 = 1_000_000;
-const TTL: u64 = 60 * SECOND;
+const TTL: u64 = 55 * SECOND;
+
+/// A store under test.
+pub(in crate::limit) trait Subject {
+    fn reserve(&self, plan: &Plan, estimate: Estimate, now: Instant64) -> Verdicts;
+    fn settle(&self, id: LeaseId, tokens: u64, now: Instant64) -> Settled;
+    fn renew(&self, id: LeaseId, progress: u64, now: Instant64) -> Renewed;
+    fn query(&self, plan: &Plan, now: Instant64) -> Standings;
+    fn reset(&self, id: &ScopeId, now: Instant64);
+    fn sweep(&self, now: Instant64);
+    /// How long a lease lives, in microseconds.
+    fn ttl(&self) -> u64;
+}
+
+impl Subject for MemoryStore {
+    fn reserve(&self, plan: &Plan, estimate: Estimate, now: Instant64) -> Verdicts {
+        Self::reserve(self, plan, estimate, now)
+    }
+
+    fn settle(&self, id: LeaseId, tokens: u64, now: Instant64) -> Settled {
+        Self::settle(self, id, tokens, now)
+    }
+
+    fn renew(&self, id: LeaseId, progress: u64, now: Instant64) -> Renewed {
+        Self::renew(self, id, progress, now)
+    }
+
+    fn query(&self, plan: &Plan, now: Instant64) -> Standings {
+        Self::query(self, plan, now)
+    }
+
+    fn reset(&self, id: &ScopeId, now: Instant64) {
+        Self::reset(self, id, now);
+    }
+
+    fn sweep(&self, now: Instant64) {
+        Self::sweep(self, now);
+    }
+
+    fn ttl(&self) -> u64 {
+        TTL
+    }
+}
 
 fn limit(limit: u64) -> Option<Limit> {
     Some(Limit { limit, shadow: false })
@@ -50,7 +92,7 @@ fn plans() -> Vec<Plan> {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+pub(in crate::limit) enum Step {
     Reserve {
         plan: usize,
         prompt: u64,
@@ -71,7 +113,7 @@ enum Step {
     Sweep,
 }
 
-fn steps(overrun: bool) -> impl Strategy<Value = Vec<Step>> {
+pub(in crate::limit) fn steps(overrun: bool) -> impl Strategy<Value = Vec<Step>> {
     let tokens = if overrun { 0..700u64 } else { 0..1u64 };
     let step = prop_oneof![
         6 => (0..6usize, 0..250u64, 0..300u64, any::<bool>()).prop_map(|(plan, prompt, completion, guessed)| {
@@ -409,7 +451,75 @@ impl Run {
     }
 }
 
-fn cases(n: u32) -> ProptestConfig {
+/// Every figure of an answer.
+fn figures(standings: &Standings) -> Vec<(u64, u64, Duration, Duration, bool)> {
+    standings.iter().map(|s| (s.used(), s.held(), s.more_in(), s.resets_in(), s.over())).collect()
+}
+
+fn told(verdicts: &Verdicts) -> String {
+    match verdicts {
+        Verdicts::Admitted { id, reserved, standings } => {
+            format!("admitted as {id:?} with {reserved}: {:?}", figures(standings))
+        }
+        Verdicts::Refused { refusal, standings } => {
+            let binding = standings.binding().map(|binding| (binding.scope().label(), binding.rule().dimension));
+            format!("refused by {refusal:?} at {binding:?}: {:?}", figures(standings))
+        }
+    }
+}
+
+/// Runs the same steps through the memory and another store, and wants the same answers, to the last figure.
+pub(in crate::limit) fn both_answer_alike(other: &impl Subject, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let mut run = Run::new();
+    prop_assert_eq!(other.ttl(), TTL);
+    let plans = plans();
+    let mut reset = false;
+    for (turn, step) in steps.into_iter().enumerate() {
+        let now = run.now();
+        match &step {
+            Step::Reserve { plan, prompt, completion, guessed } => {
+                let estimate = Estimate { prompt: *prompt, completion: *completion, guessed: *guessed };
+                let (here, there) =
+                    (run.store.reserve(&plans[*plan], estimate, now), other.reserve(&plans[*plan], estimate, now));
+                // Leases are numbered alike, so the answers are alike to the letter.
+                prop_assert_eq!(told(&here), told(&there));
+                if let Verdicts::Admitted { id, .. } = here {
+                    run.ids.push(id.0);
+                }
+            }
+            Step::Settle { lease, tokens } => {
+                let Some(id) = run.ids.get(lease % run.ids.len().max(1)).copied() else { continue };
+                let here = run.store.settle(LeaseId(id), *tokens, now);
+                prop_assert_eq!(here, other.settle(LeaseId(id), *tokens, now));
+            }
+            Step::Renew { lease, progress } => {
+                let Some(id) = run.ids.get(lease % run.ids.len().max(1)).copied() else { continue };
+                let here = run.store.renew(LeaseId(id), *progress, now);
+                prop_assert_eq!(here, other.renew(LeaseId(id), *progress, now));
+            }
+            Step::Advance(micros) => run.model.now += micros,
+            Step::Behind(_) => {}
+            Step::Sweep => {
+                run.store.sweep(now);
+                other.sweep(now);
+            }
+        }
+        // Now and then a reset; the log knows none, so it is not asked here.
+        if turn % 37 == 36 && !reset {
+            let id = plans[turn % plans.len()].sets()[2].id().clone();
+            run.store.reset(&id, run.now());
+            other.reset(&id, run.now());
+            run.model.now += 1;
+            reset = true;
+        }
+        let plan = &plans[turn % plans.len()];
+        let (here, there) = (run.store.query(plan, run.now()), other.query(plan, run.now()));
+        prop_assert_eq!(figures(&here), figures(&there));
+    }
+    Ok(())
+}
+
+pub(in crate::limit) fn cases(n: u32) -> ProptestConfig {
     ProptestConfig { cases: n, failure_persistence: None, ..ProptestConfig::default() }
 }
 
