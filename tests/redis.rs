@@ -9,7 +9,7 @@ use crate::harness::client::at_once;
 use crate::harness::gateway::finish;
 use crate::harness::redis::Redis;
 use crate::harness::{
-    ALICE, Conf, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, node,
+    ALICE, Conf, Gateway, RawNode, WENDY, chat, chat_stream, chunk_event, completion, eventually, node, tollgate,
 };
 
 const PATH: &str = "/v1/chat/completions";
