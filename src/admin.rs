@@ -1,25 +1,29 @@
-//! The admin port: metrics, liveness, and what the gateway knows of itself.
+//! The admin port: metrics, liveness, the console, and what the gateway knows of itself.
+
+mod api;
+mod openapi;
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::header::{
+    AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use serde_json::{Value, json};
+use axum::routing::{MethodRouter, get};
+use schemars::JsonSchema;
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tollgate_filters::config::Secret;
-use tollgate_filters::upstream::Upstream;
+use tollgate_filters::upstream::{Node, Upstream};
 
 use crate::gateway::Gateway;
-use crate::runtime::{Callee, Lane, Route};
 
 /// Who may use the admin port.
 #[derive(Clone)]
@@ -36,35 +40,66 @@ struct Admin {
     access: Access,
 }
 
+/// What anybody who reaches the port may ask.
+fn open() -> [(&'static str, MethodRouter<Admin>); 4] {
+    [("/", get(console)), ("/metrics", get(metrics)), ("/livez", get(|| async { "ok" })), ("/readyz", get(ready))]
+}
+
+/// What asks for the token where one is set.
+fn guarded() -> [(&'static str, MethodRouter<Admin>); 5] {
+    [
+        ("/api/status", get(api::status)),
+        ("/api/upstreams", get(api::upstreams)),
+        ("/api/routes", get(api::routes)),
+        ("/api/models", get(api::models)),
+        ("/api/openapi.json", get(openapi::openapi)),
+    ]
+}
+
 /// Serves the admin port until the task is aborted.
 ///
 /// # Errors
 /// What the listener says.
 pub(crate) async fn serve(listener: TcpListener, gateway: Arc<Gateway>, access: Access) -> io::Result<()> {
     let admin = Admin { gateway, access };
-    let guarded = Router::new()
-        .route("/api/status", get(status))
-        .route("/api/upstreams", get(upstreams))
-        .route("/api/routes", get(routes))
-        .route("/api/models", get(models))
-        .route_layer(middleware::from_fn_with_state(admin.clone(), ask_token));
-    let app = Router::new()
-        .route("/metrics", get(metrics))
-        .route("/livez", get(|| async { "ok" }))
-        .route("/readyz", get(ready))
-        .route("/", get(console))
-        .merge(guarded)
+    let all = |paths: &[(&'static str, MethodRouter<Admin>)]| {
+        paths.iter().fold(Router::new(), |router, (path, method)| router.route(path, method.clone()))
+    };
+    let app = all(&guarded())
+        .route_layer(middleware::from_fn_with_state(admin.clone(), ask_token))
+        .merge(all(&open()))
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path") })
         .with_state(admin);
     axum::serve(listener, app).await
 }
 
-fn error(status: StatusCode, code: &str, message: &str) -> Response {
-    (
-        status,
-        Json(json!({ "error": { "message": message, "type": "invalid_request_error", "param": null, "code": code } })),
-    )
-        .into_response()
+/// Why the admin port did not answer.
+#[derive(Debug, Serialize, JsonSchema)]
+struct Failure {
+    error: Reason,
+}
+
+/// Why, in words and in a code.
+#[derive(Debug, Serialize, JsonSchema)]
+struct Reason {
+    /// For people.
+    message: &'static str,
+    /// `invalid_request_error`.
+    r#type: &'static str,
+    /// Always null.
+    param: Option<&'static str>,
+    /// For programs.
+    code: &'static str,
+}
+
+fn error(status: StatusCode, code: &'static str, message: &'static str) -> Response {
+    let error = Reason { message, r#type: "invalid_request_error", param: None, code };
+    (status, Json(Failure { error })).into_response()
+}
+
+fn no_token() -> Response {
+    let message = "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`";
+    error(StatusCode::UNAUTHORIZED, "invalid_token", message)
 }
 
 /// Compares hashes, so that the time taken tells nothing of the token.
@@ -75,12 +110,8 @@ fn token_fits(expected: &Secret, headers: &HeaderMap) -> bool {
 
 async fn ask_token(State(admin): State<Admin>, request: Request, next: Next) -> Response {
     match &admin.access.token {
-        Some(token) if !token_fits(token, request.headers()) => error(
-            StatusCode::UNAUTHORIZED,
-            "invalid_token",
-            "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
-        ),
-        _ => next.run(request).await,
+        Some(token) if !token_fits(token, request.headers()) => no_token(),
+        Some(_) | None => next.run(request).await,
     }
 }
 
@@ -88,11 +119,7 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     if let Some(token) = admin.access.token.as_ref().filter(|_| !admin.access.open_metrics)
         && !token_fits(token, &headers)
     {
-        return error(
-            StatusCode::UNAUTHORIZED,
-            "invalid_token",
-            "the admin token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
-        );
+        return no_token();
     }
     let gateway = &admin.gateway;
     gateway.metrics.set_reservations(gateway.ledger.inflight());
@@ -109,7 +136,7 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], gateway.metrics.render()).into_response()
 }
 
-fn is_up(_: &Upstream, node: &tollgate_filters::upstream::Node) -> bool {
+fn is_up(_: &Upstream, node: &Node) -> bool {
     node.weight > 0 && !node.addresses.load().is_empty()
 }
 
@@ -121,94 +148,30 @@ async fn ready(State(admin): State<Admin>) -> Response {
     }
 }
 
+/// The page has no data in it: it asks for that itself, with the token that it is given.
 async fn console() -> Response {
-    let text = "Tollgate admin port\n\n/metrics /livez /readyz\n/api/status /api/upstreams /api/routes /api/models\n";
-    ([(CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response()
-}
-
-fn seconds(time: SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
-}
-
-async fn status(State(admin): State<Admin>) -> Json<Value> {
-    let gateway = &admin.gateway;
-    let runtime = gateway.live.load();
-    Json(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "generation": runtime.generation,
-        "config_hash": runtime.hash,
-        "last_reload": { "at": seconds(runtime.since), "success": true, "error": null },
-        "started_at": seconds(gateway.started_at),
-        "uptime_seconds": gateway.started.elapsed().as_secs(),
-        "draining": gateway.is_draining(),
-        "requests_open": gateway.open.load(std::sync::atomic::Ordering::Relaxed),
-        "reservations_inflight": gateway.ledger.inflight(),
-        "buffered_bytes": gateway.buffered.used(),
-        "keys": runtime.keys.len(),
-    }))
-}
-
-async fn upstreams(State(admin): State<Admin>) -> Json<Value> {
-    let runtime = admin.gateway.live.load();
-    let list: Vec<Value> = runtime
-        .upstreams
-        .values()
-        .map(|upstream| {
-            let nodes: Vec<Value> = upstream
-                .nodes
-                .iter()
-                .map(|node| {
-                    json!({
-                        "name": &*node.name, "weight": node.weight, "up": is_up(upstream, node),
-                        "inflight": node.state.inflight(), "attempts": node.state.attempts(), "failures": node.state.failures(),
-                        "addresses": node.addresses.load().iter().map(ToString::to_string).collect::<Vec<_>>(),
-                    })
-                })
-                .collect();
-            json!({
-                "name": &*upstream.name, "dialect": upstream.dialect.as_str(), "balance": upstream.policy.name(),
-                "credentials": upstream.credentials.iter().map(|c| &*c.label).collect::<Vec<_>>(), "nodes": nodes,
-            })
-        })
-        .collect();
-    Json(json!({ "upstreams": list }))
-}
-
-fn lane(route: &Route) -> Value {
-    match &route.lane {
-        Lane::Own => json!("own"),
-        Lane::Call(Callee::Models(_)) => json!({ "call": "models" }),
-        Lane::Call(Callee::Upstream(model)) => json!({ "call": model.targets.first().map(|t| &*t.upstream.name) }),
-        Lane::Pass(pass) => json!({ "pass": &*pass.upstream.name, "websocket": pass.websocket }),
-    }
-}
-
-async fn routes(State(admin): State<Admin>) -> Json<Value> {
-    let runtime = admin.gateway.live.load();
-    let list: Vec<Value> = runtime
-        .router
-        .iter()
-        .map(|(_, route)| json!({ "name": &*route.name, "dialect": route.dialect.as_str(), "filters": route.chain.names(), "lane": lane(route) }))
-        .collect();
-    Json(json!({ "routes": list }))
-}
-
-async fn models(State(admin): State<Admin>) -> Json<Value> {
-    let runtime = admin.gateway.live.load();
-    let list: Vec<Value> = runtime
-        .models
-        .iter()
-        .map(|(name, model)| {
-            let targets: Vec<Value> =
-                model.targets.iter().map(|t| json!({ "upstream": &*t.upstream.name, "model": &*t.model })).collect();
-            json!({ "name": name, "model": &*model.name, "targets": targets })
-        })
-        .collect();
-    Json(json!({ "models": list }))
+    const PAGE: &str = include_str!("admin/console.html");
+    let nonce = format!("{:032x}", rand::random::<u128>());
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    let headers = [
+        (CONTENT_TYPE, "text/html; charset=utf-8"),
+        (CONTENT_SECURITY_POLICY, policy.as_str()),
+        (REFERRER_POLICY, "no-referrer"),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (CACHE_CONTROL, "no-store"),
+    ];
+    (headers, PAGE.replace("NONCE", &nonce)).into_response()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
@@ -221,5 +184,95 @@ mod tests {
         };
         assert!(shown("Bearer admin-token"));
         assert!(!shown("Bearer admin-toke") && !shown("admin-token") && !token_fits(&token, &HeaderMap::new()));
+    }
+    /// Asks an admin port that was started for it; gives head and body.
+    async fn ask(address: std::net::SocketAddr, path: &str, more: &str) -> (String, String) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n{more}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    }
+
+    /// A gateway with the configuration of the demo and an admin token.
+    async fn started() -> std::net::SocketAddr {
+        use tollgate_filters::config::Process;
+        let text = include_str!("../conf/demo.yaml")
+            .replace("127.0.0.1:8080", "127.0.0.1:0")
+            .replace("{ bind: 127.0.0.1:9180 }", "{ bind: 127.0.0.1:0, token: admin-token }");
+        let loaded = crate::config::load_text("demo.yaml", &text, &Process).unwrap();
+        let server = crate::server::Server::start(&loaded, &Process).await.unwrap();
+        let address = server.admin_address();
+        tokio::spawn(server.run_until_signal());
+        address
+    }
+
+    /// Fails unless an answer has just the fields that its schema has, all of which it promises.
+    fn fits(document: &Value, schema: &Value, value: &Value) {
+        if let Some(name) = schema["$ref"].as_str() {
+            let name = name.strip_prefix("#/components/schemas/").unwrap();
+            return fits(document, &document["components"]["schemas"][name], value);
+        }
+        if let Some(list) = value.as_array() {
+            assert!(!list.is_empty(), "an empty list shows nothing: {schema}");
+            return list.iter().for_each(|item| fits(document, &schema["items"], item));
+        }
+        if let (Some(fields), Some(properties)) = (value.as_object(), schema["properties"].as_object()) {
+            assert_eq!(fields.keys().collect::<BTreeSet<_>>(), properties.keys().collect::<BTreeSet<_>>());
+            fields.iter().filter(|(name, _)| *name != "credentials").for_each(|(name, field)| {
+                fits(document, &properties[name], field);
+            });
+        }
+    }
+
+    #[tokio::test]
+    async fn every_endpoint_is_described_and_answers_as_it_is_described() {
+        let address = started().await;
+        let token = "authorization: Bearer admin-token\r\n";
+        let (_, text) = ask(address, "/api/openapi.json", token).await;
+        let document: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(document, openapi::document(true, true));
+        let described: BTreeSet<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let served: BTreeSet<&str> = open().iter().chain(&guarded()).map(|(path, _)| *path).collect();
+        assert_eq!(described, served);
+        for path in served {
+            let endpoint = &document["paths"][path]["get"];
+            let (head, body) = ask(address, path, token).await;
+            assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
+            let content = endpoint["responses"]["200"]["content"].as_object().unwrap();
+            let (kind, shape) = content.iter().next().unwrap();
+            assert!(head.contains(&format!("content-type: {kind}")), "{path}: {head}");
+            if kind == "application/json" {
+                fits(&document, &shape["schema"], &serde_json::from_str(&body).unwrap());
+            }
+            let (head, body) = ask(address, path, "").await;
+            let refused = &endpoint["responses"]["401"];
+            assert_eq!(head.starts_with("HTTP/1.1 401"), !refused.is_null(), "{path}: {head}");
+            if !refused.is_null() {
+                let shape = &refused["content"]["application/json"]["schema"];
+                fits(&document, shape, &serde_json::from_str(&body).unwrap());
+            }
+        }
+        let (head, _) = ask(address, "/nowhere", token).await;
+        assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn the_console_stands_alone_and_its_policy_lets_only_itself_run() {
+        let (head, page) = ask(started().await, "/", "").await;
+        let nonce = head.split_once("script-src 'nonce-").unwrap().1.split_once('\'').unwrap().0;
+        assert_eq!(nonce.len(), 32);
+        assert_eq!(page.matches(&format!("nonce=\"{nonce}\"")).count(), 2);
+        assert_eq!(page.matches("nonce=").count(), page.matches("<script").count() + page.matches("<style").count());
+        for outside in ["http://", "https://", "//cdn", "src=", "innerHTML", " style=\""] {
+            let found = page.lines().find(|line| line.contains(outside) && !line.trim_start().starts_with("//"));
+            assert!(found.is_none(), "{outside}: {found:?}");
+        }
+        for path in ["/api/status", "/api/upstreams", "/api/models", "/api/routes"] {
+            assert!(page.contains(path) && guarded().iter().any(|(known, _)| *known == path), "{path}");
+        }
     }
 }

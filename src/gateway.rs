@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use pingora_core::connectors::http::Connector;
+use tokio::sync::Notify;
 use tollgate_filters::access::AccessLog;
 use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::limit::Ledger;
@@ -16,25 +17,27 @@ use crate::runtime::Runtime;
 /// The process's shared state.
 pub(crate) struct Gateway {
     /// What the present configuration makes; swapped whole on reload.
-    pub live: ArcSwap<Runtime>,
+    pub(crate) live: ArcSwap<Runtime>,
     /// Connections of the call lane to upstreams.
-    pub connector: Connector,
+    pub(crate) connector: Connector,
     /// The ledger of all limits.
-    pub ledger: Ledger,
+    pub(crate) ledger: Ledger,
     /// All metrics.
-    pub metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     /// One line per request.
-    pub access: AccessLog,
+    pub(crate) access: AccessLog,
     /// Bytes of all buffered bodies together.
-    pub buffered: Arc<ByteBudget>,
+    pub(crate) buffered: Arc<ByteBudget>,
     /// Requests being served now.
-    pub open: AtomicUsize,
+    pub(crate) open: AtomicUsize,
     /// Set once the process is asked to end.
-    pub draining: AtomicBool,
+    pub(crate) draining: AtomicBool,
+    /// Wakes what is still open when the time for draining is over.
+    pub(crate) cut: Cut,
     /// When the process started.
-    pub started: Instant,
+    pub(crate) started: Instant,
     /// When the process started, by the wall clock.
-    pub started_at: SystemTime,
+    pub(crate) started_at: SystemTime,
 }
 
 impl Gateway {
@@ -47,6 +50,29 @@ impl Gateway {
     /// Whether the process is about to end.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
+    }
+}
+
+/// The end of patience: set once, seen by every request that is still open.
+#[derive(Debug, Default)]
+pub(crate) struct Cut {
+    set: AtomicBool,
+    wake: Notify,
+}
+
+impl Cut {
+    /// Ends everything that is open.
+    pub(crate) fn now(&self) {
+        self.set.store(true, Ordering::Release);
+        self.wake.notify_waiters();
+    }
+
+    /// Waits for the end. Waking is not missed by whoever made this future before the end.
+    pub(crate) async fn wait(&self) {
+        let woken = self.wake.notified();
+        if !self.set.load(Ordering::Acquire) {
+            woken.await;
+        }
     }
 }
 

@@ -26,6 +26,7 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, Session};
+use tokio::time::sleep;
 use tollgate_filters::exchange::Exchange;
 use tollgate_filters::filter::Flow;
 
@@ -36,6 +37,9 @@ use call::Outcome;
 
 /// A client that takes no byte for so long is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time for the frames before an HTTP/2 reset to go out.
+const H2_LAST_WORDS: Duration = Duration::from_millis(20);
 
 /// The data port.
 pub(crate) struct Proxy {
@@ -182,6 +186,14 @@ impl ProxyHttp for Proxy {
         let Ok(ctx) = known(ctx) else { return lost };
         if client.response_written().is_some() || *error.esource() == ErrorSource::Downstream {
             // Too late for an answer, or nobody to read it: HTTP/2 gets a reset, HTTP/1 a body without its end.
+            if client.is_http2() {
+                // A reset takes back what was not written yet; what was said before it should arrive.
+                sleep(H2_LAST_WORDS).await;
+            }
+            if client.is_http2() {
+                // A reset takes back what was not written yet; what was said before it should arrive.
+                sleep(H2_LAST_WORDS).await;
+            }
             client.shutdown().await;
             return lost;
         }

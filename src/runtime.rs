@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use tollgate_filters::auth::Keys;
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::dialect::Dialect;
-use tollgate_filters::keyring::Keyring;
 use tollgate_filters::limit::{Ledger, RuleSet};
 use tollgate_filters::metrics::{Metrics, NodeMetrics, RouteMetrics};
 use tollgate_filters::model::Model;
@@ -46,6 +46,8 @@ pub(crate) struct Runtime {
     pub own: Arc<Route>,
     /// The gateway's own answers that need none.
     pub open: Arc<Route>,
+    /// Metric handles of requests that no route takes.
+    pub(crate) unmatched: RouteMetrics,
     /// Who may speak for clients.
     pub trusted: Vec<Cidr>,
     /// Most bytes of a request header.

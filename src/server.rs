@@ -19,15 +19,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::config::World;
-use tollgate_filters::keyring::Keyring;
-use tollgate_filters::limit::{Ledger, RedisOptions};
+use tollgate_filters::limit::{Ledger, RedisOptions, Watch};
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin;
 use crate::config::{self, Document, Loaded, Threads};
-use crate::gateway::{ByteBudget, Gateway};
+use crate::gateway::{ByteBudget, Cut, Gateway};
 use crate::listen::{self, Caps, Listening};
 use crate::proxy::Proxy;
 use crate::runtime::{self, Checked, Lasting, resolve};
@@ -95,6 +95,7 @@ impl Server {
             buffered: ByteBudget::new(document.server.limits.buffered_bytes.0),
             open: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            cut: Cut::default(),
             started: Instant::now(),
             started_at: SystemTime::now(),
         });
@@ -168,17 +169,26 @@ impl Server {
     }
 }
 
-/// Waits until no request is open, at most `patience`.
+/// Time for what was cut to say so and to settle.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Waits until no request is open, at most `patience`; then ends what is left.
 async fn drain(gateway: &Gateway, interrupt: &mut tokio::signal::unix::Signal, patience: Duration) {
-    let idle = async {
-        while gateway.open.load(Ordering::Acquire) > 0 {
-            sleep(Duration::from_millis(20)).await;
-        }
+    let finished = tokio::select! {
+        () = idle(gateway) => true,
+        () = sleep(patience) => false,
+        _ = interrupt.recv() => false,
     };
-    tokio::select! {
-        () = idle => {}
-        () = sleep(patience) => tracing::warn!(open = gateway.open.load(Ordering::Acquire), "drain time is over; what is open is cut"),
-        _ = interrupt.recv() => {}
+    if !finished {
+        tracing::warn!(open = gateway.open.load(Ordering::Acquire), "drain time is over; what is open is cut");
+        gateway.cut.now();
+        let _ = tokio::time::timeout(LAST_WORDS, idle(gateway)).await;
+    }
+}
+
+async fn idle(gateway: &Gateway) {
+    while gateway.open.load(Ordering::Acquire) > 0 {
+        sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -198,7 +208,7 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
     let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
     let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
     let options = RedisOptions { url, timeout, when_down, replicas };
-    Ledger::in_redis(&options, Arc::clone(metrics)).await.map_err(io::Error::other)
+    Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await.map_err(io::Error::other)
 }
 
 /// Lets go of limit state that lies idle.

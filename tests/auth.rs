@@ -89,7 +89,7 @@ async fn a_key_may_be_bound_to_models_and_routes() {
     let near = node("qwen").await;
     let conf = Conf::serving("qwen", &[near.url()])
         .model("other", &[("near", "qwen")], "")
-        .route("{ name: second, match: { path: /second }, call: { models: \"*\" } }")
+        .route("{ name: second, match: { path: /v1/rerank }, call: { models: \"*\" } }")
         .key("{ id: bob, key: bob-secret-key, tier: wide, models: [chat] }")
         .key("{ id: carol, key: carol-secret-key, tier: wide, routes: [second] }");
     let gw = Gateway::with(&conf).await;
@@ -101,7 +101,8 @@ async fn a_key_may_be_bound_to_models_and_routes() {
     assert_eq!(refused.refusal(), (403, "model_not_allowed".into()));
     assert_eq!(refused.json()["error"]["param"], "model");
 
-    gw.post("/second").key("carol-secret-key").json(&chat("hello")).send().await.expect(200);
+    let rerank = json!({ "model": "chat", "query": "toll", "documents": ["a gate", "a road"] });
+    gw.post("/v1/rerank").key("carol-secret-key").json(&rerank).send().await.expect(200);
     let refused = gw.post(PATH).key("carol-secret-key").json(&chat("hello")).send().await;
     assert_eq!(refused.refusal(), (403, "route_not_allowed".into()));
     assert_eq!(near.requests().len(), 2);

@@ -149,6 +149,9 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).mode(0o640).open(path)
 }
 
+/// How long the writer thread rests after a batch.
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// Bytes of finished lines that may wait for the writer thread.
 pub const WAITING_BYTES: usize = 4 << 20;
 
@@ -295,6 +298,13 @@ impl Shared {
             }
             torn = self.write_all(&mut out, &batch, torn);
             batch.clear();
+            if !last {
+                // A pause after each batch: under load one write carries many lines, and no request wakes this thread.
+                let mut state = self.state.lock();
+                if !state.reopen && !state.closed {
+                    self.wake.wait_for(&mut state, PAUSE);
+                }
+            }
             if last {
                 self.state.lock().ended = true;
                 self.ended.notify_all();

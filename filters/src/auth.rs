@@ -10,12 +10,15 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::config::ConfigError;
 use crate::error::{BadRequest, GatewayError, Result};
-use crate::exchange::Arrival;
-use crate::filter::{Deps, Filter, Flow};
-use crate::keyring::{Keyring, Record};
 use crate::limit::{Limits, RuleSet, Scope, WhenDown};
+
+mod filter;
+pub mod keyring;
+
+pub use filter::{Auth, AuthConfig};
+
+use keyring::{Keyring, Record};
 
 /// A place in a request where a key may stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
@@ -34,6 +37,9 @@ pub enum Source {
 /// Headers in which clients send keys; none of them is ever passed to an LLM upstream.
 pub const KEY_HEADERS: [HeaderName; 3] =
     [AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
+
+/// Query parameter in which a key may be sent where that is asked for.
+pub const KEY_PARAMETER: &str = "api_key";
 
 /// Query parameters in which clients try to send keys.
 const KEY_PARAMETERS: [&str; 4] = ["api_key", "api-key", "apikey", "key"];
@@ -189,7 +195,7 @@ impl Keys {
                 Source::Bearer => one(headers, &AUTHORIZATION)?.map(bearer).transpose()?,
                 Source::XApiKey => one(headers, &HeaderName::from_static("x-api-key"))?,
                 Source::ApiKey => one(headers, &HeaderName::from_static("api-key"))?,
-                Source::Query => parameter(query, &["api_key"]).map(str::as_bytes),
+                Source::Query => parameter(query, &[KEY_PARAMETER]).map(str::as_bytes),
             };
             if found.is_some() {
                 return Ok(found);
@@ -226,36 +232,6 @@ fn parameter<'a>(query: &'a str, names: &[&str]) -> Option<&'a str> {
         .filter_map(|pair| pair.split_once('='))
         .find(|(name, value)| names.contains(name) && !value.is_empty())
         .map(|(_, value)| value)
-}
-
-/// Settings of the filter; there are none yet.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AuthConfig {}
-
-/// Demands a valid key that may use the route.
-#[derive(Debug)]
-pub struct Auth {
-    keys: Arc<Keys>,
-}
-
-impl Filter for Auth {
-    const NAME: &'static str = "auth";
-    type Config = AuthConfig;
-
-    fn build(_: &Self::Config, _: &str, deps: &Deps) -> Result<Self, ConfigError> {
-        Ok(Self { keys: Arc::clone(&deps.keys) })
-    }
-
-    async fn arrive(&self, head: &http::request::Parts, arrival: &mut Arrival) -> Result<Flow> {
-        let query = head.uri.query().unwrap_or_default();
-        let caller = self.keys.find(&head.headers, query, arrival.unix_seconds).await?;
-        if !caller.may_use_route(&arrival.route) {
-            return Err(GatewayError::RouteNotAllowed);
-        }
-        arrival.caller = Some(caller);
-        Ok(Flow::Next)
-    }
 }
 
 #[cfg(test)]
@@ -333,7 +309,7 @@ mod tests {
             Ok("alice".into()),
             "a real key wins over a stray parameter"
         );
-        let asked = Keys { by_hash: keys().by_hash, sources: vec![Source::Query] };
+        let asked = Keys { sources: vec![Source::Query], ..keys() };
         assert_eq!(&*asked.identify(&HeaderMap::new(), "x=1&api_key=alice-key", 0).unwrap().id, "alice");
     }
 }

@@ -5,8 +5,6 @@ pub mod prefix_hash;
 pub mod round_robin;
 pub mod session;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 /// How an upstream chooses among its nodes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Policy {
@@ -65,13 +63,15 @@ pub struct Marks {
     pub session: Option<u64>,
     /// A fresh random number, to break ties.
     pub random: u64,
+    /// Which turn of the upstream the call has; the same for all its attempts, so that retries skip nobody else's turn.
+    pub turn: usize,
 }
 
 /// The index of the candidate that takes the call; `None` only if there is no candidate.
-pub fn pick(policy: Policy, candidates: &[Candidate], marks: Marks, turn: &AtomicUsize) -> Option<usize> {
+pub fn pick(policy: Policy, candidates: &[Candidate], marks: Marks) -> Option<usize> {
     match policy {
         Policy::LeastRequest => least_request::pick(candidates, marks.random),
-        Policy::RoundRobin => round_robin::pick(candidates, turn.fetch_add(1, Ordering::Relaxed)),
+        Policy::RoundRobin => round_robin::pick(candidates, marks.turn),
         Policy::PrefixHash { load_factor } => prefix_hash::pick(candidates, marks.anchor, load_factor),
         Policy::Session { load_factor } => session::pick(candidates, marks, load_factor),
     }

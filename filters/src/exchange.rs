@@ -79,6 +79,8 @@ pub struct Tally {
     pub upstream_time: Duration,
     /// Status sent.
     pub status: u16,
+    /// Whether the connection must not serve another request.
+    pub close: bool,
     /// Code word of the error, if one was told.
     pub code: Option<&'static str>,
     /// Body bytes from the client.

@@ -178,7 +178,13 @@ impl Meter {
 
     fn read_members(&mut self, seen: &mut Seen) {
         let Body::Plain(members) = &mut self.body else { return };
-        for (name, raw) in members.take() {
+        let mut taken: SmallVec<[_; 4]> = members.take().into_iter().collect();
+        // With the usage at hand the text need not be counted, so the usage is read first.
+        taken.sort_by_key(|(name, _)| *name != "usage");
+        for (name, raw) in taken {
+            if self.tally.is_stated() && name != "error" {
+                continue;
+            }
             let mut reading = Reading::default();
             match self.dialect {
                 Dialect::Openai => openai::read_member(name, &raw, &mut reading),

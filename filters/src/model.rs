@@ -1,7 +1,6 @@
 //! Models: what clients ask for, and the targets that answer.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::limit::RuleSet;
 use crate::retry::Class;
@@ -35,19 +34,15 @@ pub struct Target {
 }
 
 /// How attempts follow each other.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
     /// Attempts of one call over all its targets, the first included.
     pub attempts: u32,
-    /// Pause before the second attempt on the same node set; doubles.
-    pub backoff: Duration,
-    /// Whether the pause is drawn at random between zero and its value.
-    pub jitter: bool,
 }
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { attempts: 3, backoff: Duration::from_millis(100), jitter: true }
+        Self { attempts: 3 }
     }
 }
 

@@ -141,14 +141,6 @@ pub const fn class_of_status(status: u16, ours: bool) -> Option<Class> {
     }
 }
 
-/// Pause before attempt number `attempt` (the second is 1): exponential, with full jitter if asked for, at most 5 s.
-pub fn backoff(base: Duration, attempt: u32, jitter: bool, random: f64) -> Duration {
-    let most = base
-        .saturating_mul(1u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX))
-        .min(Duration::from_secs(5));
-    if jitter { most.mul_f64(random.clamp(0.0, 1.0)) } else { most }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,14 +153,5 @@ mod tests {
         assert_eq!(class_of_status(401, false), None);
         assert_eq!(class_of_status(401, true), Some(Class::Auth));
         assert_eq!(class_of_status(503, true), Some(Class::ServerError));
-    }
-
-    #[test]
-    fn pauses_double_up_to_a_cap_and_jitter_only_shortens_them() {
-        let base = Duration::from_millis(100);
-        assert_eq!(backoff(base, 1, false, 0.0), base);
-        assert_eq!(backoff(base, 3, false, 0.0), base * 4);
-        assert_eq!(backoff(base, 40, false, 0.0), Duration::from_secs(5));
-        assert_eq!(backoff(base, 2, true, 0.5), base);
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 
 use crate::balance::Policy;
 use crate::config::Secret;
@@ -40,6 +41,11 @@ impl Upstream {
         self.credentials.get(turn.checked_rem(self.credentials.len())?)
     }
 
+    /// The next turn, for policies that go round.
+    pub fn next_turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// Whether these are nodes of our own, which may learn who the caller is.
     pub fn is_own(&self) -> bool {
         self.credentials.is_empty()
@@ -53,6 +59,27 @@ pub struct Credential {
     pub label: Arc<str>,
     /// The key itself.
     pub secret: Secret,
+}
+
+impl Credential {
+    /// The text with every copy of the key replaced by stars: an upstream may echo it in an error.
+    pub fn mask(&self, text: Bytes) -> Bytes {
+        let secret = self.secret.expose().as_bytes();
+        let mut copies = memchr::memmem::find_iter(&text, secret).peekable();
+        if secret.is_empty() || copies.peek().is_none() {
+            drop(copies);
+            return text;
+        }
+        let mut masked = Vec::with_capacity(text.len());
+        let mut from = 0;
+        for at in copies {
+            masked.extend_from_slice(text.get(from..at).unwrap_or_default());
+            masked.extend_from_slice(b"***");
+            from = at + secret.len();
+        }
+        masked.extend_from_slice(text.get(from..).unwrap_or_default());
+        masked.into()
+    }
 }
 
 /// Deadlines of one attempt, counted from its dispatch (between tokens: from the last token).
@@ -180,6 +207,15 @@ mod tests {
         assert_eq!(state.inflight(), 1);
         drop(guard);
         assert_eq!((state.inflight(), state.attempts()), (0, 2));
+    }
+
+    #[test]
+    fn an_echoed_key_is_masked_everywhere() {
+        let key = Credential { label: "far#0".into(), secret: Secret::new("sk-far") };
+        let masked = key.mask(Bytes::from_static(b"bad key sk-far, really sk-far!"));
+        assert_eq!(masked, "bad key ***, really ***!");
+        let clean = Bytes::from_static(b"nothing here");
+        assert_eq!(key.mask(clean.clone()).as_ptr(), clean.as_ptr(), "what needs no masking is not copied");
     }
 
     #[test]

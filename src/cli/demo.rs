@@ -19,9 +19,15 @@ pub(crate) struct DemoArgs {
     /// Port of the gateway; 0 takes a free one.
     #[arg(long, default_value_t = 8080)]
     port: u16,
-    /// Port of its admin interface; 0 takes a free one.
-    #[arg(long, default_value_t = 9180)]
-    admin_port: u16,
+    /// Port of its admin interface; 0 takes a free one. Default: 9180, or a free one where `--port` is 0.
+    #[arg(long)]
+    admin_port: Option<u16>,
+}
+
+impl DemoArgs {
+    fn admin_port(&self) -> u16 {
+        self.admin_port.unwrap_or(if self.port == 0 { 0 } else { 9180 })
+    }
 }
 
 /// Serves the demonstration until SIGTERM or SIGINT.
@@ -32,13 +38,9 @@ pub(crate) fn run(args: &DemoArgs) -> io::Result<ExitCode> {
     server::log_to_stderr();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let nodes = [node("a").await?, node("b").await?];
+        let (a, b) = (node("a").await?, node("b").await?);
         let app = DifyApp::start(DifyConfig { keys: vec!["app-demo".to_owned()], ..DifyConfig::default() }).await?;
-        let places = [
-            ("127.0.0.1:18001", nodes[0].addr()),
-            ("127.0.0.1:18002", nodes[1].addr()),
-            ("127.0.0.1:18003", app.addr()),
-        ];
+        let places = [("127.0.0.1:18001", a.addr()), ("127.0.0.1:18002", b.addr()), ("127.0.0.1:18003", app.addr())];
         let text = configuration(args, &places);
         let loaded = match config::load_text("demo.yaml (built in)", &text, &Process) {
             Ok(loaded) => loaded,
@@ -72,7 +74,7 @@ async fn node(name: &str) -> io::Result<Node> {
 fn configuration(args: &DemoArgs, places: &[(&str, std::net::SocketAddr)]) -> String {
     let ports = DEMO
         .replace("127.0.0.1:8080", &format!("127.0.0.1:{}", args.port))
-        .replace("127.0.0.1:9180", &format!("127.0.0.1:{}", args.admin_port));
+        .replace("127.0.0.1:9180", &format!("127.0.0.1:{}", args.admin_port()));
     places.iter().fold(ports, |text, (placeholder, address)| text.replace(placeholder, &address.to_string()))
 }
 
@@ -111,7 +113,7 @@ mod tests {
 
     #[test]
     fn the_built_in_configuration_is_valid_with_every_port_put_in() {
-        let args = DemoArgs { port: 0, admin_port: 0 };
+        let args = DemoArgs { port: 0, admin_port: None };
         let at = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
         let text =
             configuration(&args, &[("127.0.0.1:18001", at(1)), ("127.0.0.1:18002", at(2)), ("127.0.0.1:18003", at(3))]);

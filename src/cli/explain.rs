@@ -7,16 +7,22 @@ use std::process::ExitCode;
 use clap::Args;
 use http::header::HeaderName;
 use http::{HeaderMap, HeaderValue, Method};
-use serde_json::{Value, json};
 use tollgate_filters::auth::{Caller, KEY_HEADERS};
 use tollgate_filters::config::World;
-use tollgate_filters::limit::{Ledger, Plan};
+use tollgate_filters::error::GatewayError;
+use tollgate_filters::limit::rule::Rule;
+use tollgate_filters::limit::{Ledger, Plan, RuleSet};
 use tollgate_filters::metrics::Metrics;
-use tollgate_filters::model::Model;
+use tollgate_filters::model::{Model, Target};
 use tollgate_filters::route::{Head, Mismatch, canonical_path};
+use tollgate_filters::upstream::Upstream;
 
 use crate::cli::check::{self, Format};
+use crate::proxy::own;
 use crate::runtime::{self, Callee, Checked, Lane, Lasting, Route, Runtime};
+
+mod report;
+use report::{Candidate, Found, KeyFound, LimitFound, PassedOver, Refused, Report};
 
 /// Explain what would become of a request.
 #[derive(Debug, Args)]
@@ -71,8 +77,8 @@ pub(crate) fn run(
     match explain(args, &runtime) {
         Ok(found) => {
             match args.format {
-                Format::Json => writeln!(out, "{found:#}")?,
-                Format::Text => print(&found, out)?,
+                Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&found)?)?,
+                Format::Text => write!(out, "{found}")?,
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -83,7 +89,7 @@ pub(crate) fn run(
     }
 }
 
-fn explain(args: &ExplainArgs, runtime: &Runtime) -> Result<Value, String> {
+fn explain(args: &ExplainArgs, runtime: &Runtime) -> Result<Report, String> {
     let (path, query) = args.path.split_once('?').unwrap_or((&args.path, ""));
     let path = canonical_path(path).map_err(|e| e.to_string())?;
     let method =
@@ -91,19 +97,39 @@ fn explain(args: &ExplainArgs, runtime: &Runtime) -> Result<Value, String> {
     let headers = headers(args)?;
     let host = args.host.to_ascii_lowercase();
     let head = Head { method: &method, path: &path, query, host: &host, headers: &headers };
-    let caller = args
-        .key
-        .as_ref()
-        .map(|_| runtime.keys.identify(&headers, query, now()).map_err(|e| e.to_string()))
-        .transpose()?;
+    let caller = args.key.as_ref().map(|_| runtime.keys.identify(&headers, query, now())).transpose();
     let mut passed_over = Vec::new();
-    for (matcher, route) in runtime.router.iter() {
-        match matcher.check(&head) {
-            Err(why) => passed_over.push(json!({ "route": &*route.name, "because": word(why) })),
-            Ok(()) => return Ok(of_route(args, runtime, route, caller.as_deref(), &passed_over)),
+    let found = if own::names(&path) && !runtime.router.names(&path) {
+        Ok(if path == "/health" { &runtime.open } else { &runtime.own })
+    } else {
+        for (matcher, route) in runtime.router.iter() {
+            let Err(why) = matcher.check(&head) else { break };
+            passed_over.push(PassedOver { route: route.name.to_string(), because: word(why) });
         }
-    }
-    Ok(json!({ "route": null, "passed_over": passed_over }))
+        runtime.router.find(&head)
+    };
+    let route = match found {
+        Ok(route) => route,
+        Err(error) => return Ok(Report { route: None, refusal: Some(refused(&error)), found: None, passed_over }),
+    };
+    let (caller, stranger) = match caller {
+        Ok(caller) => (caller, None),
+        Err(error) => (None, Some(error)),
+    };
+    let called = Called::of(args, runtime, route);
+    let refusal =
+        stranger.filter(|_| route.chain.auth.is_some()).or_else(|| called.refusal(args, route, caller.as_deref()));
+    Ok(Report {
+        route: Some(route.name.to_string()),
+        refusal: refusal.as_ref().map(refused),
+        found: Some(called.found(runtime, route, caller.as_deref())),
+        passed_over,
+    })
+}
+
+fn refused(error: &GatewayError) -> Refused {
+    let face = error.face();
+    Refused { status: face.status, code: face.code, message: error.to_string() }
 }
 
 fn now() -> u64 {
@@ -135,107 +161,194 @@ const fn word(why: Mismatch) -> &'static str {
     }
 }
 
-fn of_route(
-    args: &ExplainArgs,
-    runtime: &Runtime,
-    route: &Route,
-    caller: Option<&Caller>,
-    passed_over: &[Value],
-) -> Value {
-    let asked = args.model.as_deref().and_then(|name| runtime.models.get(name)).map(|m| &**m);
-    let (lane, model) = match &route.lane {
-        Lane::Own => ("own", None),
-        Lane::Pass(_) => ("pass", None),
-        Lane::Call(Callee::Upstream(model)) => ("call", Some(&**model)),
-        Lane::Call(Callee::Models(allowed)) => ("call", asked.filter(|m| allowed.allows(&m.name))),
-    };
-    let nodes = match &route.lane {
-        Lane::Pass(pass) => {
-            pass.upstream.nodes.iter().map(|n| json!({ "upstream": &*pass.upstream.name, "node": &*n.name })).collect()
+/// The model that a call would get.
+struct Called<'a> {
+    model: Option<&'a Model>,
+    /// The upstreams in the order in which they are tried, with the model's name there.
+    targets: Vec<(&'a Upstream, Option<&'a str>)>,
+}
+
+impl<'a> Called<'a> {
+    fn of(args: &ExplainArgs, runtime: &'a Runtime, route: &'a Route) -> Self {
+        let model = match &route.lane {
+            Lane::Own => return Self { model: None, targets: Vec::new() },
+            Lane::Pass(pass) => return Self { model: None, targets: vec![(&pass.upstream, None)] },
+            Lane::Call(Callee::Upstream(model)) => Some(&**model),
+            Lane::Call(Callee::Models(allowed)) => {
+                let asked = args.model.as_deref().and_then(|name| runtime.models.get(name));
+                asked.map(|model| &**model).filter(|model| allowed.allows(&model.name))
+            }
+        };
+        let target = |target: &'a Target| (&*target.upstream, Some(&*target.model).filter(|name| !name.is_empty()));
+        Self { model, targets: model.into_iter().flat_map(|model| &model.targets).map(target).collect() }
+    }
+
+    /// Name of the model; a route to one upstream has none.
+    fn name(&self) -> Option<&'a str> {
+        self.model.map(|model| &*model.name).filter(|name| !name.is_empty())
+    }
+
+    fn refusal(&self, args: &ExplainArgs, route: &Route, caller: Option<&Caller>) -> Option<GatewayError> {
+        if route.chain.auth.is_some() && caller.is_some_and(|caller| !caller.may_use_route(&route.name)) {
+            return Some(GatewayError::RouteNotAllowed);
         }
-        Lane::Own | Lane::Call(_) => model.map(candidates).unwrap_or_default(),
-    };
-    let mut plan = Plan::new();
-    let sets = [caller.map(|c| &c.rules), Some(&route.rules), model.map(|m| &m.rules), Some(&runtime.global)];
-    sets.into_iter().flatten().for_each(|set| plan.add(set));
-    let limits: Vec<Value> = plan
-        .rules()
-        .map(|(set, rule)| json!({ "scope": set.id().label(), "dimension": rule.dimension.name(), "limit": rule.limit, "shadow": rule.shadow }))
-        .collect();
-    json!({
-        "route": &*route.name, "lane": lane, "dialect": route.dialect.as_str(), "filters": route.chain.names(),
-        "key": caller.map(|c| json!({
-            "id": &*c.id, "tier": c.tier.as_deref(), "may_use_route": c.may_use_route(&route.name),
-            "may_use_model": model.filter(|m| !m.name.is_empty()).map(|m| c.may_use_model(&m.name)),
-        })),
-        "model": model.map(|m| &*m.name).filter(|name| !name.is_empty()),
-        "model_found": args.model.as_ref().map(|_| model.is_some()),
-        "limits": limits, "candidates": nodes, "passed_over": passed_over,
+        let by_model = matches!(&route.lane, Lane::Call(Callee::Models(_)));
+        if let Some(asked) = args.model.as_ref().filter(|_| by_model && self.model.is_none()) {
+            return Some(GatewayError::ModelNotFound(asked.clone()));
+        }
+        let (caller, name) = (caller?, self.name()?);
+        let forbidden = route.chain.guard.is_some() && !caller.may_use_model(name);
+        forbidden.then(|| GatewayError::ModelNotAllowed(name.to_owned()))
+    }
+
+    fn found(&self, runtime: &Runtime, route: &Route, caller: Option<&Caller>) -> Found {
+        let mut plan = Plan::new();
+        let sets = [
+            caller.map(|caller| &caller.rules),
+            Some(&route.rules),
+            self.model.map(|model| &model.rules),
+            Some(&runtime.global),
+        ];
+        if route.chain.limit.is_some() {
+            sets.into_iter().flatten().for_each(|set| plan.add(set));
+        }
+        let limit = |(set, rule): (&RuleSet, &Rule)| LimitFound {
+            scope: set.id().label().into_owned(),
+            dimension: rule.dimension.name(),
+            limit: rule.limit,
+            shadow: rule.shadow,
+        };
+        Found {
+            lane: match &route.lane {
+                Lane::Own => "own",
+                Lane::Call(_) => "call",
+                Lane::Pass(_) => "pass",
+            },
+            dialect: route.dialect.as_str(),
+            filters: route.chain.names(),
+            key: caller.map(|c| KeyFound { id: c.id.to_string(), tier: c.tier.as_deref().map(str::to_owned) }),
+            model: self.name().map(str::to_owned),
+            limits: plan.rules().map(limit).collect(),
+            candidates: self.targets.iter().flat_map(|(upstream, model)| candidates(upstream, *model)).collect(),
+        }
+    }
+}
+
+fn candidates<'a>(upstream: &'a Upstream, model: Option<&'a str>) -> impl Iterator<Item = Candidate> + 'a {
+    upstream.nodes.iter().map(move |node| Candidate {
+        upstream: upstream.name.to_string(),
+        node: node.name.to_string(),
+        weight: node.weight,
+        model: model.map(str::to_owned),
+        balance: upstream.policy.name(),
     })
 }
 
-fn candidates(model: &Model) -> Vec<Value> {
-    let of_target = |t: &tollgate_filters::model::Target| {
-        let (upstream, name) = (t.upstream.clone(), t.model.to_string());
-        let policy = upstream.policy.name();
-        upstream
-            .nodes
-            .iter()
-            .map(|n| json!({ "upstream": &*upstream.name, "node": &*n.name, "weight": n.weight, "model": name, "balance": policy }))
-            .collect::<Vec<_>>()
-    };
-    model.targets.iter().flat_map(of_target).collect()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use serde_json::{Value, json};
+    use tollgate_filters::config::Process;
 
-fn print(found: &Value, out: &mut dyn Write) -> io::Result<()> {
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    for one in list(&found["passed_over"]) {
-        writeln!(out, "passed over  {}: its {} does not match", plain(&one["route"]), plain(&one["because"]))?;
+    const CONF: &str = r#"
+tiers: { free: { requests_per_minute: 60, concurrency: { limit: 4, shadow: true } } }
+keys:
+  - { id: alice, key: alice-key, tier: free }
+  - { id: bob, key: bob-key, models: [other], routes: [llm] }
+upstreams:
+  a: { nodes: ['http://10.0.0.1:8000', { url: 'http://10.0.0.2:8000', weight: 2 }] }
+  b: { dialect: dify, nodes: ['http://10.0.0.3'], balance: round_robin }
+models:
+  chat: { targets: [{ upstream: a, model: qwen }], aliases: [gpt], limits: { tokens_per_minute: 9 } }
+  other: { targets: [{ upstream: a }] }
+routes:
+  - { name: llm, match: { path: /v1/chat/completions, method: POST }, call: { models: "*" } }
+  - { name: bot, match: { prefix: /bot, header: { app: x } }, call: { upstream: b } }
+  - { name: web, match: { prefix: /bot }, pass: { upstream: b }, filters: { auth: off } }
+"#;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: ExplainArgs,
     }
-    if found["route"].is_null() {
-        return writeln!(out, "no route matches: 404 not_found");
+
+    fn ask(line: &str) -> (String, String, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.yaml");
+        std::fs::write(&path, CONF).unwrap();
+        let words = ["explain", "-c", path.to_str().unwrap()].into_iter().chain(line.split(' '));
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = run(&Cli::parse_from(words).args, &Process, &mut out, &mut err).unwrap();
+        (String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap(), code == ExitCode::SUCCESS)
     }
-    for name in ["route", "lane", "dialect", "model"] {
-        if !found[name].is_null() {
-            writeln!(out, "{name:<12} {}", plain(&found[name]))?;
+
+    fn json(line: &str) -> Value {
+        let (out, err, ok) = ask(&format!("{line} --format json"));
+        assert!(ok, "{err}");
+        serde_json::from_str(&out).unwrap()
+    }
+
+    #[test]
+    fn a_call_is_explained_down_to_its_nodes() {
+        let (out, _, ok) = ask("--path /v1/chat/completions --key alice-key --model gpt");
+        assert!(ok);
+        assert_eq!(
+            out,
+            "route        llm
+lane         call
+dialect      openai
+filters      auth, guard, limit
+key          alice, tier free
+model        chat
+limit        key requests_per_minute 60
+limit        key concurrency 4 (shadow)
+limit        model:chat tokens_per_minute 9
+candidate    a 10.0.0.1:8000 as qwen, weight 1, prefix_hash
+candidate    a 10.0.0.2:8000 as qwen, weight 2, prefix_hash
+"
+        );
+    }
+
+    #[test]
+    fn routes_that_do_not_match_are_named_with_the_reason() {
+        let (out, _, _) = ask("--path /bot/x");
+        assert!(
+            out.starts_with("passed over  llm: its path does not match\npassed over  bot: its header does not match\n")
+        );
+        let report = json("--path /bot/x --header app:x");
+        assert_eq!((&report["route"], &report["candidates"][0]["node"]), (&json!("bot"), &json!("10.0.0.3:80")));
+        assert_eq!(report["passed_over"], json!([{ "route": "llm", "because": "path" }]));
+    }
+
+    #[test]
+    fn what_would_be_refused_is_told_as_the_client_would_get_it() {
+        for (line, code) in [
+            ("--path /nowhere", "not_found"),
+            ("--path /v1/chat/completions --method GET", "method_not_allowed"),
+            ("--path /v1/chat/completions --model nothing", "model_not_found"),
+            ("--path /v1/chat/completions --model chat --key bob-key", "model_not_allowed"),
+            ("--path /bot --header app:x --key bob-key", "route_not_allowed"),
+            ("--path /bot --header app:x --key wrong-key", "invalid_api_key"),
+        ] {
+            assert_eq!(json(line)["refusal"]["code"], code, "{line}");
+        }
+        for line in ["--path /v1/chat/completions --model other --key bob-key", "--path /bot --key wrong-key"] {
+            assert_eq!(json(line)["refusal"], Value::Null, "{line}");
         }
     }
-    if found["model_found"] == Value::Bool(false) {
-        writeln!(out, "{:<12} there is no such model on this route: 404 model_not_found", "model")?;
-    }
-    writeln!(out, "{:<12} {}", "filters", list(&found["filters"]).iter().map(plain).collect::<Vec<_>>().join(", "))?;
-    if let Some(id) = found["key"]["id"].as_str() {
-        writeln!(
-            out,
-            "{:<12} {id}, tier {}, may use the route: {}",
-            "key",
-            plain(&found["key"]["tier"]),
-            plain(&found["key"]["may_use_route"])
-        )?;
-    }
-    for one in list(&found["limits"]) {
-        writeln!(
-            out,
-            "{:<12} {} {} {}",
-            "limit",
-            plain(&one["scope"]),
-            plain(&one["dimension"]),
-            plain(&one["limit"])
-        )?;
-    }
-    for one in list(&found["candidates"]) {
-        writeln!(
-            out,
-            "{:<12} {} {} {}",
-            "candidate",
-            plain(&one["upstream"]),
-            plain(&one["node"]),
-            plain(&one["model"])
-        )?;
-    }
-    Ok(())
-}
 
-fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    #[test]
+    fn what_the_gateway_answers_itself_is_no_route_of_the_file() {
+        let report = json("--path /v1/models --method GET --key alice-key");
+        assert_eq!((&report["route"], &report["lane"]), (&json!("gateway"), &json!("own")));
+        assert_eq!(json("--path /health --method GET")["filters"], json!([]));
+    }
+
+    #[test]
+    fn a_question_that_makes_no_sense_fails() {
+        let (_, err, ok) = ask("--path /x --header nonsense");
+        assert!(!ok && err.contains("NAME:VALUE"), "{err}");
+    }
 }

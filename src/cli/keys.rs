@@ -10,8 +10,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tollgate_filters::auth::keyring::{Keyring, Record};
 use tollgate_filters::config::{Secret, World};
-use tollgate_filters::keyring::{Keyring, Record};
 
 use crate::cli::check::{self, Format};
 use crate::config::Document;

@@ -16,6 +16,7 @@ mod models;
 mod routes;
 mod server;
 mod shadow;
+pub(super) mod unsupported;
 mod upstreams;
 
 /// Checks a document that was read whole; problems are added to `problems`.
@@ -37,6 +38,7 @@ pub(crate) fn check(
     check.models();
     check.routes();
     check.unused_upstreams();
+    check.unsupported();
 }
 
 struct Check<'a> {

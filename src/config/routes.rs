@@ -47,6 +47,7 @@ pub(crate) struct Route {
     pub when_down: Option<WhenDown>,
     /// What happens upstream when the client leaves a call. Default `cancel`.
     #[serde(default)]
+    #[expect(dead_code, reason = "an attempt is always cancelled as yet, which the check says")]
     pub on_abort: OnAbort,
 }
 
@@ -102,7 +103,7 @@ pub(crate) enum OnAbort {
     #[default]
     Cancel,
     /// The answer is read to its end and counted.
-    Finish,
+    Drain,
 }
 
 /// What the requests of a route go through: settings, or `off`.

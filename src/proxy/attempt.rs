@@ -2,28 +2,33 @@
 //! until the first useful event, so that a failure before it costs the client nothing but time.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::protocols::http::client::HttpSession;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::{RequestHeader, ResponseHeader};
 use smallvec::SmallVec;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until};
 use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::meter::Meter;
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure, class_of_status};
-use tollgate_filters::upstream::{InFlight, Node, Timeouts};
+use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::upstream::{self, Forwarded};
 use super::{Ctx, call};
+use crate::gateway::ByteShare;
 
 /// Most of a plain answer that is held back to see whether it is whole and no error.
 const HELD_BYTES: usize = 64 * 1024;
+/// Most of an error's body that is held to mask a credential in it.
+const MASKED_BYTES: usize = 1 << 20;
 /// Most of a refusal's body that is read to keep its connection.
 const DRAINED_BYTES: usize = 64 * 1024;
 /// Time for that.
@@ -43,12 +48,13 @@ pub(crate) struct Dispatch {
     body: Bytes,
     rewritten: Option<(std::sync::Arc<str>, Bytes)>,
     forwarded: Forwarded,
+    _share: ByteShare,
 }
 
 impl Dispatch {
     /// Prepares the attempts of a call.
-    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes) -> Self {
-        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx) }
+    pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes, share: ByteShare) -> Self {
+        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx), _share: share }
     }
 
     /// The body for a target: the model's name there, and the usage asked for.
@@ -72,8 +78,8 @@ pub(crate) struct Answer {
     pub up: HttpSession,
     /// Under which its connection goes back into the pool.
     pub peer: HttpPeer,
-    /// Its response header.
-    pub head: ResponseHeader,
+    /// Its status.
+    pub status: StatusCode,
     /// Body bytes held back so far, ready to forward.
     pub held: SmallVec<[Bytes; 4]>,
     /// Whether the body has ended already.
@@ -92,6 +98,8 @@ pub(crate) struct Answer {
     pub idle: Duration,
     /// Counts the call on the node until it is dropped.
     pub guard: InFlight,
+    /// What the upstream knows of us and must not be shown.
+    pub credential: Option<Credential>,
 }
 
 /// Makes one attempt.
@@ -104,18 +112,10 @@ pub(crate) async fn run(
     request: &mut Dispatch,
     (target, node): (&Target, &Node),
     guard: InFlight,
-) -> Result<Answer, End> {
+) -> Result<Box<Answer>, End> {
     let upstream = &*target.upstream;
     let body = request.body_for(ctx, target);
     let credential = upstream.next_credential();
-    let head = upstream::call_head(
-        client.req_header(),
-        &ctx.exchange,
-        (upstream, node, credential),
-        &request.forwarded,
-        body.len(),
-    )
-    .map_err(|e| failed(Class::ServerError, e.to_string()))?;
     let dispatched = Instant::now();
     let timeouts = upstream.timeouts;
     let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
@@ -124,10 +124,17 @@ pub(crate) async fn run(
         reservation.dispatched();
     }
     let mut fresh = false;
+    let timer = sleep_until(dispatched + timeouts.connect);
+    tokio::pin!(timer);
     let (up, peer) = loop {
+        let toward = (upstream, node, credential);
+        let head = upstream::call_head(client.req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
+            .map_err(|e| failed(Class::ServerError, e.to_string()))?;
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
-        let connecting = ctx.gateway.connector.get_http_session(&peer);
-        let connected = race(client, dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
+        // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
+        let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
+        let connected =
+            race(client, timer.as_mut(), dispatched + timeouts.connect + Duration::from_millis(100), connecting).await;
         let (mut up, reused) = match connected {
             Ok(Ok(pair)) => pair,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
@@ -139,8 +146,10 @@ pub(crate) async fn run(
             }
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         };
-        match race(client, dispatched + patience, exchange_heads(&mut up, head.clone(), body.clone())).await {
-            Ok(Ok(())) => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
+        match race(client, timer.as_mut(), dispatched + patience, exchange_heads(&mut up, head, body.clone())).await {
+            // A connection that was made fresh goes into the pool like any other.
+            Ok(Ok(())) if fresh => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
+            Ok(Ok(())) => break (up, peer),
             // The node had closed the pooled connection before it saw the request: that is no attempt yet.
             Ok(Err(error)) if reused && !fresh && upstream::is_stale(&error) => fresh = true,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
@@ -148,19 +157,20 @@ pub(crate) async fn run(
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         }
     };
-    let Some(response) = up.response_header().cloned() else {
+    let Some(response) = up.response_header() else {
         return Err(failed(Class::ServerError, "no response header"));
     };
-    if let Some(failure) = refusal(&response, !upstream.is_own()) {
+    if let Some(failure) = refusal(response, !upstream.is_own()) {
         drain(ctx, up, &peer, upstream.pool.idle).await;
         return Err(End::Failed(failure));
     }
-    let stream = response.status.is_success() && is_event_stream(&response);
-    let mut answer = Answer {
+    let status = response.status;
+    let stream = status.is_success() && is_event_stream(response);
+    let mut answer = Box::new(Answer {
         meter: meter(ctx, upstream.dialect, stream),
         up,
         peer,
-        head: response,
+        status,
         held: SmallVec::new(),
         ended: false,
         stream,
@@ -169,8 +179,10 @@ pub(crate) async fn run(
         timeouts,
         idle: upstream.pool.idle,
         guard,
-    };
-    hold(client, &mut answer).await?;
+        credential: credential.cloned(),
+    });
+    hold(client, timer, &mut answer).await?;
+    mask(&mut answer);
     Ok(answer)
 }
 
@@ -194,7 +206,7 @@ async fn exchange_heads(up: &mut HttpSession, head: RequestHeader, body: Bytes) 
     loop {
         up.read_response_header().await?;
         match up.response_header() {
-            Some(head) if head.status.is_informational() && head.status != http::StatusCode::SWITCHING_PROTOCOLS => {}
+            Some(head) if head.status.is_informational() && head.status != StatusCode::SWITCHING_PROTOCOLS => {}
             _ => return Ok(()),
         }
     }
@@ -252,13 +264,13 @@ async fn drain(ctx: &Ctx, mut up: HttpSession, peer: &HttpPeer, idle: Duration) 
 }
 
 /// Holds the answer back until it is clear that it is one.
-async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End> {
+async fn hold(client: &mut ServerSession, mut timer: Pin<&mut Sleep>, answer: &mut Answer) -> Result<(), End> {
     let timeouts = answer.timeouts;
     let patience = if answer.stream { timeouts.first_token.min(timeouts.total) } else { timeouts.total };
     let deadline = answer.dispatched + patience;
     let mut held_bytes = 0;
     loop {
-        let chunk = match race(client, deadline, answer.up.read_response_body()).await {
+        let chunk = match race(client, timer.as_mut(), deadline, answer.up.read_response_body()).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => {
                 return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str())));
@@ -274,7 +286,7 @@ async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End
         };
         held_bytes += seen.forward.iter().map(Bytes::len).sum::<usize>();
         answer.held.extend(seen.forward);
-        if answer.head.status.is_success() {
+        if answer.status.is_success() {
             if seen.error.is_some() {
                 return Err(failed(Class::ServerError, "an error in place of an answer"));
             }
@@ -290,10 +302,26 @@ async fn hold(client: &mut ServerSession, answer: &mut Answer) -> Result<(), End
             if answer.ended {
                 return Err(failed(Class::FirstToken, "the stream ended before its first token"));
             }
-        } else if answer.ended || held_bytes > HELD_BYTES {
+        } else if answer.ended {
             return Ok(());
+        } else if held_bytes > HELD_BYTES {
+            match (&answer.credential, answer.status.is_success()) {
+                // An error that may echo our credential is masked whole.
+                (Some(_), false) if held_bytes > MASKED_BYTES => {
+                    return Err(failed(Class::ServerError, "an endless error"));
+                }
+                (Some(_), false) => {}
+                (None, _) | (_, true) => return Ok(()),
+            }
         }
     }
+}
+
+/// Takes our credential out of an error that echoes it.
+fn mask(answer: &mut Answer) {
+    let Some(credential) = answer.credential.as_ref().filter(|_| !answer.status.is_success()) else { return };
+    let whole: Vec<u8> = answer.held.iter().flat_map(|b| b.iter().copied()).collect();
+    answer.held = std::iter::once(credential.mask(whole.into())).collect();
 }
 
 /// Why waiting was cut short.
@@ -303,13 +331,22 @@ enum Cut {
     ClientGone,
 }
 
-/// Waits for `work`, but not beyond the deadline and not once the client has left.
-async fn race<T>(client: &mut ServerSession, deadline: Instant, work: impl Future<Output = T>) -> Result<T, Cut> {
+/// Waits for `work`, but not beyond the deadline and not once the client has left. The timer is shared by all waits of
+/// an attempt: moving it to a later time is cheap, making a new one is not.
+async fn race<T>(
+    client: &mut ServerSession,
+    mut timer: Pin<&mut Sleep>,
+    deadline: Instant,
+    work: impl Future<Output = T>,
+) -> Result<T, Cut> {
+    if timer.deadline() != deadline {
+        timer.as_mut().reset(deadline);
+    }
     tokio::select! {
         biased;
         done = work => Ok(done),
         _ = client.read_body_or_idle(true) => Err(Cut::ClientGone),
-        () = sleep_until(deadline) => Err(Cut::Deadline),
+        () = timer => Err(Cut::Deadline),
     }
 }
 

@@ -1,13 +1,11 @@
 //! The call lane: one parsed call, one reservation, attempt after attempt until an answer stands.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use pingora_core::protocols::http::ServerSession;
-use rand::Rng;
 use smallvec::SmallVec;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tollgate_filters::balance::{self, Candidate, Marks};
 use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
@@ -15,17 +13,16 @@ use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
-use tollgate_filters::retry::{self, Class, Failure};
+use tollgate_filters::retry::Failure;
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::attempt::{self, Dispatch, End};
 use super::{Ctx, body, relay, reply, upstream};
+use crate::gateway::ByteShare;
 use crate::runtime::Callee;
 
 /// Bodies from this size on are parsed away from the I/O threads.
 const LARGE_BODY: usize = 1 << 20;
-/// A node's `Retry-After` up to this long is waited for if there is nowhere else to go.
-const SHORT_WAIT: Duration = Duration::from_secs(2);
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +41,11 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
     let body = match read_body(client, ctx, &mut share).await {
         Ok(Some(body)) => body,
         Ok(None) => return Outcome::ClientGone,
-        Err(error) => return refuse(client, ctx, &error).await,
+        Err(error) => {
+            // Telling the refusal may take a while; what was read is given back before.
+            drop(share);
+            return refuse(client, ctx, &error).await;
+        }
     };
     ctx.exchange.tally.bytes_in = body.len() as u64;
     match admit(client, ctx, callee, &body).await {
@@ -52,7 +53,7 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
         Ok(Flow::Answer(answer)) => return sent(reply::send(client, ctx, *answer).await),
         Err(error) => return refuse(client, ctx, &error).await,
     }
-    attempts(client, ctx, body).await
+    attempts(client, ctx, body, share).await
 }
 
 async fn refuse(client: &mut ServerSession, ctx: &mut Ctx, error: &GatewayError) -> Outcome {
@@ -63,11 +64,7 @@ fn sent(result: pingora_core::Result<()>) -> Outcome {
     if result.is_ok() { Outcome::Answered } else { Outcome::ClientGone }
 }
 
-async fn read_body(
-    client: &mut ServerSession,
-    ctx: &Ctx,
-    share: &mut crate::gateway::ByteShare,
-) -> Result<Option<Bytes>> {
+async fn read_body(client: &mut ServerSession, ctx: &Ctx, share: &mut ByteShare) -> Result<Option<Bytes>> {
     body::check_headers(&client.req_header().headers)?;
     let cap = ctx.route.as_ref().and_then(|r| r.body_bytes).unwrap_or(ctx.runtime.body_bytes);
     body::read(client, cap, share).await
@@ -110,7 +107,6 @@ struct Chosen {
 struct Course {
     model: Arc<Model>,
     tried: SmallVec<[Arc<Node>; 4]>,
-    silent: SmallVec<[Arc<Node>; 4]>,
     last: Option<Failure>,
     attempts: u32,
 }
@@ -136,7 +132,7 @@ impl Course {
                 .iter()
                 .map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed })
                 .collect();
-            let index = balance::pick(upstream.policy, &candidates, marks, &upstream.turn)?;
+            let index = balance::pick(upstream.policy, &candidates, marks)?;
             let node = Arc::clone(nodes.get(index)?);
             if let Some(guard) = node.state.try_enter(upstream.pool.concurrency) {
                 return Some(Chosen { target: target.clone(), node, guard });
@@ -145,46 +141,36 @@ impl Course {
         }
         None
     }
-
-    /// Whether every node having been tried, those that did answer may be asked again, and after what pause.
-    fn again(&mut self, random: f64) -> Option<Duration> {
-        let failure = self.last.as_ref()?;
-        let pause = match failure.class {
-            Class::Connect | Class::ServerError => {
-                retry::backoff(self.model.retry.backoff, self.attempts, self.model.retry.jitter, random)
-            }
-            Class::RateLimited => failure.retry_after.filter(|wait| *wait <= SHORT_WAIT)?,
-            Class::Timeout | Class::FirstToken | Class::Auth | Class::ContextLength | Class::ContentFilter => {
-                return None;
-            }
-        };
-        // A silent node is not asked twice.
-        self.tried.clone_from(&self.silent);
-        Some(pause)
-    }
 }
 
-async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Outcome {
+async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
     let retry = model.retry;
-    let mut course = Course { model, tried: SmallVec::new(), silent: SmallVec::new(), last: None, attempts: 0 };
-    let mut request = Dispatch::new(client, ctx, body);
+    let mut course = Course { model, tried: SmallVec::new(), last: None, attempts: 0 };
+    let mut request = Dispatch::new(client, ctx, body, share);
+    let marks = marks(ctx);
     while course.attempts < retry.attempts {
-        let marks = marks(ctx);
-        let Some(chosen) = course.next(marks) else {
-            let Some(pause) = course.again(rand::rng().random()) else { break };
-            if wait(client, pause).await == Outcome::ClientGone {
-                return Outcome::ClientGone;
-            }
-            continue;
-        };
+        let Some(chosen) = course.next(marks) else { break };
         course.attempts += 1;
         note(ctx, &course, &chosen);
         let Chosen { target, node, guard } = chosen;
         let began = Instant::now();
-        match attempt::run(client, ctx, &mut request, (&target, &node), guard).await {
+        let gateway = Arc::clone(&ctx.gateway);
+        let ended = tokio::select! {
+            biased;
+            ended = attempt::run(client, ctx, &mut request, (&target, &node), guard) => ended,
+            () = gateway.cut.wait() => {
+                ctx.exchange.tally.upstream_time += began.elapsed();
+                observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
+                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
+            }
+        };
+        match ended {
             Ok(answer) => {
-                observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
+                let refused = answer.status.is_client_error();
+                let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
+                observe_attempt(ctx, &target.upstream, &node, outcome);
+                // Nothing is sent again from here on: the body need not be held while the answer streams.
                 drop(request);
                 return relay::run(client, ctx, answer).await;
             }
@@ -202,9 +188,6 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes) -> Out
                     class = failure.class.as_str(), detail = %failure.detail, "attempt failed"
                 );
                 let final_word = !may_try_elsewhere(&target.upstream, &failure);
-                if matches!(failure.class, Class::Timeout | Class::FirstToken) {
-                    course.silent.push(Arc::clone(&node));
-                }
                 course.tried.push(node);
                 course.last = Some(failure);
                 if final_word {
@@ -228,7 +211,8 @@ fn may_try_elsewhere(upstream: &Upstream, failure: &Failure) -> bool {
 fn marks(ctx: &Ctx) -> Marks {
     let call = ctx.exchange.call.as_ref();
     let session = call.and_then(|c| c.user.as_deref()).map(tollgate_filters::balance::session_mark);
-    Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random() }
+    let turn = ctx.exchange.model.as_ref().and_then(|m| m.targets.first()).map_or(0, |t| t.upstream.next_turn());
+    Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random(), turn }
 }
 
 fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
@@ -247,14 +231,6 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
 fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
     if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
         handles.attempted(outcome);
-    }
-}
-
-/// Waits, unless the client leaves.
-async fn wait(client: &mut ServerSession, pause: Duration) -> Outcome {
-    tokio::select! {
-        () = sleep_until(Instant::now() + pause) => Outcome::Answered,
-        _ = client.read_body_or_idle(true) => Outcome::ClientGone,
     }
 }
 

@@ -115,6 +115,9 @@ fn check_framing(client: &ServerSession) -> Result<()> {
     if headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
         return bad("more than one `Content-Length`");
     }
+    if headers.get(CONTENT_LENGTH).is_some_and(|v| v.is_empty() || !v.as_bytes().iter().all(u8::is_ascii_digit)) {
+        return bad("`Content-Length` must be one whole number");
+    }
     let mut encodings = headers.get_all(TRANSFER_ENCODING).iter();
     let Some(encoding) = encodings.next() else { return Ok(()) };
     if encodings.next().is_some() || !encoding.as_bytes().eq_ignore_ascii_case(b"chunked") {
@@ -170,7 +173,8 @@ pub(crate) fn requested_host(head: &RequestHeader) -> String {
 /// Puts the canonical path into the head, so that what was matched is what is forwarded.
 fn canonicalise(head: &mut RequestHeader) -> Result<()> {
     let path = head.uri.path();
-    let canonical = canonical_path(path)?;
+    let decoded = super::own::decoded_model(path).filter(|_| path.contains('%'));
+    let canonical = canonical_path(decoded.as_deref().unwrap_or(path))?;
     if canonical == path {
         return Ok(());
     }

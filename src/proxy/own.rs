@@ -13,8 +13,27 @@ use super::Ctx;
 
 /// Whether a path is one of ours.
 pub(crate) fn names(path: &str) -> bool {
-    matches!(path, "/health" | "/v1/models" | "/v1/quota")
-        || path.strip_prefix("/v1/models/").is_some_and(|id| !id.is_empty())
+    matches!(path, "/health" | "/v1/models" | "/v1/quota") || path.strip_prefix(MODEL).is_some_and(|id| !id.is_empty())
+}
+
+/// Path below which each model has its own.
+const MODEL: &str = "/v1/models/";
+
+/// A model's path with its id decoded: ids may hold slashes, which clients encode.
+pub(crate) fn decoded_model(path: &str) -> Option<String> {
+    let mut rest = path.strip_prefix(MODEL)?;
+    let mut decoded = MODEL.to_owned();
+    while let Some((before, after)) = rest.split_once('%') {
+        decoded.push_str(before);
+        match after.get(..2)? {
+            "2F" | "2f" => decoded.push('/'),
+            "3A" | "3a" => decoded.push(':'),
+            _ => return None,
+        }
+        rest = after.get(2..)?;
+    }
+    decoded.push_str(rest);
+    Some(decoded)
 }
 
 /// Answers one of our paths.
@@ -29,7 +48,7 @@ pub(crate) async fn answer(head: &RequestHeader, ctx: &Ctx) -> Result<Reply> {
         "/health" => Ok(health(ctx)),
         "/v1/quota" => own_quota(ctx).await,
         "/v1/models" => Ok(models(ctx)),
-        path => model(path.trim_start_matches("/v1/models/"), ctx),
+        path => model(path.strip_prefix(MODEL).unwrap_or_default(), ctx),
     }
 }
 

@@ -33,6 +33,7 @@ pub(crate) struct Passage {
     tried: Vec<Arc<Node>>,
     current: Option<(Arc<Node>, InFlight)>,
     began: Instant,
+    marks: Marks,
 }
 
 impl Passage {
@@ -71,6 +72,7 @@ pub(crate) async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass
         tried: Vec::new(),
         current: None,
         began: Instant::now(),
+        marks: marks(ctx, &lane.upstream),
     });
     Ok(false)
 }
@@ -123,12 +125,7 @@ pub(crate) fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
         upstream.nodes.iter().filter(|n| n.weight > 0 && !passage.tried.iter().any(|t| Arc::ptr_eq(t, n))).collect();
     let candidates: Vec<Candidate> =
         nodes.iter().map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed }).collect();
-    let marks = Marks {
-        anchor: ip_mark(passage.forwarded.client),
-        session: Some(ip_mark(passage.forwarded.client)),
-        random: rand::random(),
-    };
-    let chosen = balance::pick(upstream.policy, &candidates, marks, &upstream.turn).and_then(|i| nodes.get(i));
+    let chosen = balance::pick(upstream.policy, &candidates, passage.marks).and_then(|i| nodes.get(i));
     let Some(node) = chosen.map(|n| Arc::clone(n)) else {
         return Error::e_explain(ErrorType::HTTPStatus(503), "no node is left");
     };
@@ -147,8 +144,9 @@ pub(crate) fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
 }
 
 /// Pages and files of one client stay on one node where the policy is a hash.
-fn ip_mark(ip: IpAddr) -> u64 {
-    balance::session_mark(&ip.to_string())
+fn marks(ctx: &Ctx, upstream: &Upstream) -> Marks {
+    let address = balance::session_mark(&ctx.exchange.arrival.client_ip.to_string());
+    Marks { anchor: address, session: Some(address), random: rand::random(), turn: upstream.next_turn() }
 }
 
 /// Counts what the client sends, under the route's cap.

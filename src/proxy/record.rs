@@ -50,14 +50,14 @@ fn phase(ctx: &Ctx) -> AbortPhase {
 }
 
 fn count(ctx: &Ctx, took: Duration, overhead: Duration) {
-    let Some(route) = &ctx.route else { return };
     let exchange = &ctx.exchange;
     let tally = &exchange.tally;
     let model = exchange.model.as_ref().map_or("", |m| &*m.name);
     let key = exchange.arrival.caller.as_ref().map_or("", |c| &*c.id);
-    let metrics = route.metrics.call(model, key);
+    let route = ctx.route.as_ref().map_or(&ctx.runtime.unmatched, |route| &route.metrics);
+    let metrics = route.call(model, key);
     metrics.answered(tally.status, took);
-    route.metrics.overhead(overhead);
+    route.overhead(overhead);
     let upstream = tally.upstream.as_deref().unwrap_or_default();
     if let Some(after) = tally.first_token {
         metrics.first_token(upstream, after);

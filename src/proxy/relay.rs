@@ -2,28 +2,30 @@
 
 use bytes::Bytes;
 use http::header::{self, HeaderName};
+use http::{HeaderMap, Version};
 use pingora_core::protocols::http::ServerSession;
 use pingora_http::ResponseHeader;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tollgate_filters::dialect;
-use tollgate_filters::error::GatewayError;
+use tollgate_filters::error::{GatewayError, Unavailable};
 
 use super::attempt::Answer;
 use super::call::Outcome;
-use super::upstream::HOP_BY_HOP;
+use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
 use super::{Ctx, reply};
 
 /// After the terminal event, the upstream has this long to end the body, else its connection is given up.
-const LAST_CHUNK: Duration = Duration::from_secs(1);
+const LAST_CHUNK: Duration = Duration::from_secs(5);
 
 /// Headers of an upstream's answer that are its own business and not our client's.
 const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
 
 /// Shows the answer to the client and relays it to its end.
-pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Answer) -> Outcome {
+pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Box<Answer>) -> Outcome {
     note_first_token(ctx, &answer);
     let began = answer.dispatched;
+    let _open = answer.stream.then(|| ctx.gateway.metrics.open_stream());
     let outcome = match begin(client, ctx, &mut answer).await {
         Ok(()) => follow(client, ctx, &mut answer).await,
         Err(_) => Outcome::ClientGone,
@@ -31,13 +33,16 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
     let tally = &mut ctx.exchange.tally;
     tally.upstream_time += began.elapsed();
     let estimate = ctx.exchange.call.as_ref().map_or(0, |c| c.prompt_tokens());
-    if answer.head.status.is_success() {
+    if answer.status.is_success() {
         tally.usage = Some(answer.meter.usage(estimate));
         tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
+    } else if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.failed();
     }
-    let Answer { up, peer, idle, guard, ended, .. } = answer;
+    let Answer { mut up, peer, idle, guard, .. } = *answer;
     drop(guard);
-    if outcome == Outcome::Answered && ended {
+    // An upstream that did not end its body in time keeps it to itself: its connection is closed.
+    if outcome == Outcome::Answered && up.response_done() {
         ctx.gateway.connector.release_http_session(up, &peer, Some(idle)).await;
     }
     outcome
@@ -46,12 +51,13 @@ pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: A
 fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
     if answer.stream {
         ctx.exchange.tally.first_token = Some(ctx.started.elapsed());
+        ctx.exchange.tally.prefill = Some(answer.last_token.duration_since(answer.dispatched));
     }
 }
 
 /// Sends the header and what was held back.
 async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
-    let mut head = client_head(ctx, answer)?;
+    let mut head = client_head(answer, client.req_header().version)?;
     reply::decorate(&mut head, ctx)?;
     ctx.exchange.tally.status = head.status.as_u16();
     client.write_response_header(Box::new(head)).await?;
@@ -62,22 +68,27 @@ async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -
     Ok(())
 }
 
-fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(answer.head.status, Some(answer.head.headers.len() + 16))?;
-    for (name, value) in &answer.head.headers {
+fn client_head(answer: &Answer, version: Version) -> pingora_core::Result<ResponseHeader> {
+    let none = HeaderMap::new();
+    let theirs = answer.up.response_header().map_or(&none, |head| &head.headers);
+    let mut head = ResponseHeader::build_no_case(answer.status, Some(theirs.len() + 16))?;
+    let nominated = nominated(theirs);
+    for (name, value) in theirs {
         let own = name.as_str().starts_with("x-ratelimit-")
             || name.as_str().starts_with("x-tollgate-")
             || name.as_str().starts_with("ratelimit");
-        // A stream may lose events on its way, so its length is not the upstream's.
-        let length = answer.stream && *name == header::CONTENT_LENGTH;
-        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) {
+        // A stream may lose events on its way, and an error its echo of our key: their length is not the upstream's.
+        let length = (answer.stream || answer.ended) && *name == header::CONTENT_LENGTH;
+        if !own && !length && !HOP_BY_HOP.contains(name) && !WITHHELD.contains(name) && !is_nominated(&nominated, name)
+        {
             head.append_header(name, value)?;
         }
     }
     if !head.headers.contains_key(header::CONTENT_LENGTH) {
         if answer.ended {
             head.insert_header(header::CONTENT_LENGTH, answer.held.iter().map(Bytes::len).sum::<usize>())?;
-        } else {
+        } else if version == Version::HTTP_11 {
+            // An HTTP/1.0 client takes the end of the connection as the end of the body.
             head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
         }
     }
@@ -85,15 +96,6 @@ fn client_head(ctx: &Ctx, answer: &Answer) -> pingora_core::Result<ResponseHeade
         // A proxy in front that gathers responses would undo the streaming.
         head.insert_header("x-accel-buffering", "no")?;
     }
-    let tally = &ctx.exchange.tally;
-    if let Some(model) = tally.target_model.as_deref().filter(|m| !m.is_empty()) {
-        head.insert_header("x-tollgate-model", model)?;
-    }
-    if let Some(upstream) = &tally.upstream {
-        head.insert_header("x-tollgate-upstream", &**upstream)?;
-    }
-    head.insert_header("x-tollgate-attempts", tally.attempts)?;
-    head.insert_header("x-tollgate-cache", "bypass")?;
     Ok(head)
 }
 
@@ -127,6 +129,9 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
     let total = answer.dispatched + answer.timeouts.total;
     let timer = sleep_until(total);
     tokio::pin!(timer);
+    let gateway = std::sync::Arc::clone(&ctx.gateway);
+    let cut = gateway.cut.wait();
+    tokio::pin!(cut);
     while !answer.ended {
         let deadline = due(answer, total);
         // The timer is only moved when it fires early: tokens come far more often than deadlines.
@@ -141,6 +146,7 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
                 Err(error) => Event::Broken(error.etype().as_str().to_owned()),
             },
             _ = client.read_body_or_idle(true) => Event::ClientGone,
+            () = &mut cut => Event::Late(GatewayError::Unavailable(Unavailable::Draining)),
             () = &mut timer => {
                 let now = Instant::now();
                 let deadline = due(answer, total);
@@ -163,7 +169,8 @@ fn due(answer: &Answer, total: Instant) -> Instant {
     if !answer.stream {
         return total;
     }
-    let patience = if answer.meter.done() { LAST_CHUNK } else { answer.timeouts.between_tokens };
+    let patience = answer.timeouts.between_tokens;
+    let patience = if answer.meter.done() { patience.min(LAST_CHUNK) } else { patience };
     total.min(answer.last_token + patience)
 }
 
@@ -189,16 +196,21 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             rest
         }
         Event::Broken(detail) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &detail).await),
-        Event::Late(error) => return Some(break_off(client, ctx, error, "no token in time").await),
+        Event::Late(error) => return Some(break_off(client, ctx, error, "cut at a deadline").await),
         Event::ClientGone => return Some(Outcome::ClientGone),
     };
     if seen.token || seen.done {
         answer.last_token = Instant::now();
     }
-    if seen.error.is_some() {
+    let error = seen.error.is_some();
+    if error {
         ctx.exchange.tally.code = Some("upstream_error");
     }
     for bytes in seen.forward {
+        let bytes = match &answer.credential {
+            Some(credential) if error => credential.mask(bytes),
+            _ => bytes,
+        };
         if forward(client, ctx, bytes).await.is_err() {
             return Some(Outcome::ClientGone);
         }

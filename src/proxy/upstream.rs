@@ -4,11 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use http::header::{self, HeaderName};
-use http::{HeaderValue, Uri};
+use http::{HeaderMap, HeaderValue, Uri};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType};
 use pingora_http::RequestHeader;
-use tollgate_filters::auth::KEY_HEADERS;
+use tollgate_filters::auth::{KEY_HEADERS, KEY_PARAMETER};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::exchange::Exchange;
 use tollgate_filters::retry::{Class, Failure};
@@ -70,13 +70,13 @@ fn peer_at(address: SocketAddr, node: &Node, upstream: &Upstream, fresh: bool) -
 #[derive(Debug, Clone)]
 pub(crate) struct Forwarded {
     /// `X-Forwarded-For`, the peer included.
-    pub chain: String,
+    pub(crate) chain: String,
     /// The client's address.
-    pub client: IpAddr,
+    pub(crate) client: IpAddr,
     /// `http` or `https`.
-    pub proto: &'static str,
+    pub(crate) proto: &'static str,
     /// The host that was asked for.
-    pub host: String,
+    pub(crate) host: String,
 }
 
 /// The request head for one attempt of a call.
@@ -91,10 +91,10 @@ pub(crate) fn call_head(
     length: usize,
 ) -> pingora_core::Result<RequestHeader> {
     let (upstream, node, credential) = toward;
-    let path = format!("{}{}", node.prefix, from.uri.path_and_query().map_or("/", |p| p.as_str()));
-    let mut head = RequestHeader::build(from.method.clone(), path.as_bytes(), Some(from.headers.len() + 12))?;
+    let path = target(from, &node.prefix);
+    let mut head = RequestHeader::build_no_case(from.method.clone(), path.as_bytes(), Some(from.headers.len() + 12))?;
     let own_key = upstream.dialect == Dialect::Dify && credential.is_none();
-    let nominated = nominated(from);
+    let nominated = nominated(&from.headers);
     for (name, value) in &from.headers {
         let dropped = HOP_BY_HOP.contains(name)
             || is_gateway_header(name)
@@ -103,9 +103,9 @@ pub(crate) fn call_head(
                 header::HOST | header::CONTENT_LENGTH | header::ACCEPT_ENCODING | header::EXPECT | header::COOKIE
             )
             || (KEY_HEADERS.contains(name) && !(own_key && *name == header::AUTHORIZATION))
-            || nominated.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()));
+            || is_nominated(&nominated, name);
         if !dropped {
-            head.append_header(name, value)?;
+            head.append_header(name.clone(), value.clone())?;
         }
     }
     head.insert_header(header::HOST, &*node.authority)?;
@@ -117,10 +117,28 @@ pub(crate) fn call_head(
     Ok(head)
 }
 
-/// Header names that the client's `Connection` declares to be of this hop only.
-fn nominated(from: &RequestHeader) -> Vec<String> {
-    let lines = from.headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok());
+/// Path and query toward a node. A key in the query has done its work at our door.
+fn target(from: &RequestHeader, prefix: &str) -> String {
+    let mut target = format!("{prefix}{}", from.uri.path());
+    let pairs = from.uri.query().unwrap_or_default().split('&');
+    let kept =
+        pairs.filter(|pair| !pair.is_empty() && pair.split_once('=').is_none_or(|(name, _)| name != KEY_PARAMETER));
+    for (index, pair) in kept.enumerate() {
+        target.push(if index == 0 { '?' } else { '&' });
+        target.push_str(pair);
+    }
+    target
+}
+
+/// Header names that a `Connection` declares to be of its hop only.
+pub(crate) fn nominated(headers: &HeaderMap) -> Vec<String> {
+    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok());
     lines.flat_map(|v| v.split(',')).map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()).collect()
+}
+
+/// Whether a header is among the nominated ones.
+pub(crate) fn is_nominated(nominated: &[String], name: &HeaderName) -> bool {
+    nominated.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()))
 }
 
 /// Puts our credential where the dialect wants it.

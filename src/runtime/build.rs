@@ -81,6 +81,7 @@ pub(crate) fn build(
             Chain { auth: Some(Auth::build(&AuthConfig {}, "auth", &deps)?), ..Chain::default() },
         )),
         open: Arc::new(own("gateway", &deps, Chain::default())),
+        unmatched: lasting.metrics.route(tollgate_filters::metrics::NONE),
         trusted: document.server.trusted_proxies.clone(),
         header_bytes: document.server.limits.header_bytes.bytes(),
         body_bytes: document.server.limits.body_bytes.0,
@@ -234,11 +235,7 @@ fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> B
         let model = Arc::new(Model {
             name: name.as_str().into(),
             targets: targets.collect(),
-            retry: Retry {
-                attempts: written.retry.attempts,
-                backoff: written.retry.backoff.0,
-                jitter: written.retry.jitter,
-            },
+            retry: Retry { attempts: written.retry.attempts },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
         });

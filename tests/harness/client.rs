@@ -220,7 +220,10 @@ impl Reply {
                     return Some(Err(format!("{error:?}")));
                 }
                 Some(Ok(frame)) => {
-                    if let Ok(data) = frame.into_data() {
+                    // An empty frame only carries the end of the body.
+                    if let Ok(data) = frame.into_data()
+                        && !data.is_empty()
+                    {
                         return Some(Ok(data));
                     }
                 }

@@ -187,16 +187,22 @@ pub(crate) struct Upcall {
     pub(crate) request: Seen,
     stream: TcpStream,
     inbox: Inbox,
+    /// Whether the connection ends with this call, and says so.
+    last: bool,
 }
 
 impl Upcall {
     /// Reads the next request of a connection; `None` when it closes.
-    async fn read(mut stream: TcpStream, mut inbox: Inbox, with_body: bool) -> Option<Self> {
+    async fn read(mut stream: TcpStream, mut inbox: Inbox, with_body: bool, last: bool) -> Option<Self> {
         let mut request = inbox.head(&mut stream).await?;
         if with_body {
             inbox.body(&mut stream, &mut request, false).await;
         }
-        Some(Self { request, stream, inbox })
+        Some(Self { request, stream, inbox, last })
+    }
+
+    fn kept(&self) -> &'static str {
+        if self.last { "connection: close\r\n" } else { "" }
     }
 
     /// Writes bytes as they are. A peer that has gone is no error here.
@@ -206,7 +212,11 @@ impl Upcall {
 
     /// The head of a chunked `text/event-stream`.
     pub(crate) async fn stream_head(&mut self) {
-        self.write("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n").await;
+        let kept = self.kept();
+        self.write(format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{kept}transfer-encoding: chunked\r\n\r\n"
+        ))
+        .await;
     }
 
     /// One chunk of a chunked body.
@@ -226,8 +236,9 @@ impl Upcall {
     /// A whole JSON answer.
     pub(crate) async fn json(&mut self, status: &str, body: &str) {
         let length = body.len();
+        let kept = self.kept();
         self.write(format!(
-            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{kept}content-length: {length}\r\n\r\n{body}"
         ))
         .await;
     }
@@ -251,7 +262,7 @@ impl Upcall {
 
     /// Reads the request's body now.
     pub(crate) async fn body(&mut self) -> &Seen {
-        let Self { request, stream, inbox } = self;
+        let Self { request, stream, inbox, .. } = self;
         in_time("a request body", inbox.body(stream, request, false)).await;
         &self.request
     }
@@ -308,7 +319,7 @@ impl RawNode {
                 stream.set_nodelay(true).expect("no delay");
                 let sender = sender.clone();
                 tokio::spawn(async move {
-                    if let Some(call) = Upcall::read(stream, Inbox::default(), with_body).await {
+                    if let Some(call) = Upcall::read(stream, Inbox::default(), with_body, true).await {
                         let _ = sender.send(call);
                     }
                 });
@@ -332,7 +343,7 @@ impl RawNode {
                 let answer = answer.clone();
                 tokio::spawn(async move {
                     let (mut stream, mut inbox) = (stream, Inbox::default());
-                    while let Some(call) = Upcall::read(stream, inbox, true).await {
+                    while let Some(call) = Upcall::read(stream, inbox, true, false).await {
                         let Some(call) = answer(call).await else { return };
                         (stream, inbox) = (call.stream, call.inbox);
                     }

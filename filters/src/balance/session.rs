@@ -17,7 +17,7 @@ mod tests {
     #[test]
     fn a_session_stays_and_a_call_without_one_takes_the_emptiest_node() {
         let nodes = [(1, 4), (2, 4), (3, 3)].map(|(seed, inflight)| Candidate { inflight, weight: 1, seed });
-        let with = |session, random| pick(&nodes, Marks { anchor: 0, session, random }, 1.25);
+        let with = |session, random| pick(&nodes, Marks { session, random, ..Marks::default() }, 1.25);
         assert_eq!(with(Some(5), 1), with(Some(5), 2));
         assert_eq!(with(None, 1), Some(2));
     }

@@ -266,6 +266,11 @@ fn malformed(text: &[u8], error: &serde_json::Error) -> GatewayError {
         Some(nth) => memchr::memchr_iter(b'\n', text).nth(nth).map_or(0, |at| at + 1),
     };
     let offset = if error.is_eof() { text.len() } else { (line_start + error.column()).saturating_sub(1) };
+    let reason = error.to_string();
+    let reason = reason.split(" at line ").next().unwrap_or_default();
+    // A word that is none is at fault from its first letter on.
+    let word = text.get(..offset).unwrap_or_default().iter().rev().take_while(|b| b.is_ascii_alphabetic()).count();
+    let offset = if reason == "expected ident" { offset - word } else { offset };
     if let Err(error) = std::str::from_utf8(text)
         && error.valid_up_to() <= offset
     {
@@ -275,7 +280,5 @@ fn malformed(text: &[u8], error: &serde_json::Error) -> GatewayError {
         let message = "the body is not valid JSON: it begins with a byte order mark at byte 0";
         return GatewayError::bad(BadRequest::InvalidJson, message);
     }
-    let reason = error.to_string();
-    let reason = reason.split(" at line ").next().unwrap_or_default();
     GatewayError::bad(BadRequest::InvalidJson, format!("the body is not valid JSON: {reason} at byte {offset}"))
 }

@@ -44,7 +44,8 @@ fn the_fields_of_a_chat_call_are_read() {
 fn what_is_not_json_is_refused_with_the_byte() {
     for (body, offset) in [
         (&b""[..], 0),
-        (b"nope", 1),
+        // A word that is none is at fault from its first letter on.
+        (b"nope", 0),
         (b"{\"model\":\"m\",", 13),
         (b"{\"model\":\"m\"", 12),
         (b"\xEF\xBB\xBF{\"model\":\"m\"}", 0),

@@ -59,6 +59,11 @@ impl Tally {
         }
     }
 
+    /// Whether a document has stated what it used, output included.
+    pub(super) fn is_stated(&self) -> bool {
+        self.document && self.covers && self.stated.is_some_and(|counts| counts.output.is_some_and(|n| n > 0))
+    }
+
     pub(super) fn usage(&self, prompt_estimate: u64) -> Usage {
         if self.free {
             return Usage { source: UsageSource::Upstream, ..Usage::default() };

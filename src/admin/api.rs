@@ -1,0 +1,237 @@
+//! What the admin port tells as JSON. The types are also what `/api/openapi.json` describes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::State;
+use schemars::JsonSchema;
+use serde::Serialize;
+use tollgate_filters::model::Model;
+use tollgate_filters::upstream::{Node, Upstream};
+
+use super::{Admin, is_up};
+use crate::runtime::{Callee, Lane, Route};
+
+/// The gateway as a whole.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Status {
+    /// Version of the program.
+    version: &'static str,
+    /// Counts up with each configuration that took effect; the first is 1.
+    generation: u64,
+    /// SHA-256 of the configuration, in hex.
+    config_hash: String,
+    /// The last time the configuration was read.
+    last_reload: Reload,
+    /// When the process started, in seconds since 1970.
+    started_at: f64,
+    /// For how long it has been running.
+    uptime_seconds: u64,
+    /// Whether it finishes what is open and takes nothing new.
+    draining: bool,
+    /// Requests being served now.
+    requests_open: usize,
+    /// Calls whose limits are reserved and not settled yet.
+    reservations_inflight: u64,
+    /// Bytes of all buffered bodies together.
+    buffered_bytes: u64,
+    /// Keys in the configuration.
+    keys: usize,
+}
+
+/// A reading of the configuration.
+#[derive(Debug, Serialize, JsonSchema)]
+struct Reload {
+    /// When, in seconds since 1970.
+    at: f64,
+    /// Whether it took effect.
+    success: bool,
+    /// Why it did not.
+    error: Option<String>,
+}
+
+/// All upstreams.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Upstreams {
+    upstreams: Vec<UpstreamState>,
+}
+
+/// A set of nodes.
+#[derive(Debug, Serialize, JsonSchema)]
+struct UpstreamState {
+    /// Its name.
+    name: String,
+    /// What its nodes speak.
+    dialect: &'static str,
+    /// How a node is chosen.
+    balance: &'static str,
+    /// Labels of its credentials, never the credentials themselves.
+    credentials: Vec<String>,
+    /// Its nodes.
+    nodes: Vec<NodeState>,
+}
+
+/// A node and how it does.
+#[derive(Debug, Serialize, JsonSchema)]
+struct NodeState {
+    /// Host and port.
+    name: String,
+    /// Its share relative to the other nodes.
+    weight: u32,
+    /// Whether it is given calls.
+    up: bool,
+    /// Calls that it is answering now.
+    inflight: u64,
+    /// Attempts since the gateway started.
+    attempts: u64,
+    /// Those of them that failed.
+    failures: u64,
+    /// Addresses that its name resolves to.
+    addresses: Vec<String>,
+}
+
+/// All routes, in the order in which they are tried.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Routes {
+    routes: Vec<RouteState>,
+}
+
+/// A route.
+#[derive(Debug, Serialize, JsonSchema)]
+struct RouteState {
+    /// Its name.
+    name: String,
+    /// `call` or `pass`.
+    lane: &'static str,
+    /// Where its requests go; none where the model decides.
+    upstream: Option<String>,
+    /// Whether WebSocket upgrades are let through.
+    websocket: bool,
+    /// In which dialect its errors are told.
+    dialect: &'static str,
+    /// Names of its filters, in their order.
+    filters: Vec<&'static str>,
+}
+
+/// All names of models, aliases too.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Models {
+    models: Vec<ModelState>,
+}
+
+/// A name that clients may ask for.
+#[derive(Debug, Serialize, JsonSchema)]
+struct ModelState {
+    /// The name.
+    name: String,
+    /// The model that it leads to; another one for an alias.
+    model: String,
+    /// Where it is answered, in the order in which it is tried.
+    targets: Vec<TargetState>,
+}
+
+/// An upstream and the name of the model there.
+#[derive(Debug, Serialize, JsonSchema)]
+struct TargetState {
+    /// The upstream.
+    upstream: String,
+    /// The model's name there.
+    model: String,
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+pub(super) async fn status(State(admin): State<Admin>) -> Json<Status> {
+    let gateway = &admin.gateway;
+    let runtime = gateway.live.load();
+    Json(Status {
+        version: env!("CARGO_PKG_VERSION"),
+        generation: runtime.generation,
+        config_hash: runtime.hash.clone(),
+        last_reload: Reload { at: seconds(runtime.since), success: true, error: None },
+        started_at: seconds(gateway.started_at),
+        uptime_seconds: gateway.started.elapsed().as_secs(),
+        draining: gateway.is_draining(),
+        requests_open: gateway.open.load(Ordering::Relaxed),
+        reservations_inflight: gateway.ledger.inflight() as u64,
+        buffered_bytes: gateway.buffered.used(),
+        keys: runtime.keys.len(),
+    })
+}
+
+pub(super) async fn upstreams(State(admin): State<Admin>) -> Json<Upstreams> {
+    let runtime = admin.gateway.live.load();
+    Json(Upstreams { upstreams: runtime.upstreams.values().map(|upstream| UpstreamState::of(upstream)).collect() })
+}
+
+pub(super) async fn routes(State(admin): State<Admin>) -> Json<Routes> {
+    let runtime = admin.gateway.live.load();
+    Json(Routes { routes: runtime.router.iter().map(|(_, route)| RouteState::of(route)).collect() })
+}
+
+pub(super) async fn models(State(admin): State<Admin>) -> Json<Models> {
+    let runtime = admin.gateway.live.load();
+    Json(Models { models: runtime.models.iter().map(|(name, model)| ModelState::of(name, model)).collect() })
+}
+
+impl UpstreamState {
+    fn of(upstream: &Upstream) -> Self {
+        let node = |node: &Arc<Node>| NodeState {
+            name: node.name.to_string(),
+            weight: node.weight,
+            up: is_up(upstream, node),
+            inflight: u64::from(node.state.inflight()),
+            attempts: node.state.attempts(),
+            failures: node.state.failures(),
+            addresses: node.addresses.load().iter().map(ToString::to_string).collect(),
+        };
+        Self {
+            name: upstream.name.to_string(),
+            dialect: upstream.dialect.as_str(),
+            balance: upstream.policy.name(),
+            credentials: upstream.credentials.iter().map(|credential| credential.label.to_string()).collect(),
+            nodes: upstream.nodes.iter().map(node).collect(),
+        }
+    }
+}
+
+impl RouteState {
+    fn of(route: &Route) -> Self {
+        let (lane, upstream, websocket) = match &route.lane {
+            Lane::Own => ("own", None, false),
+            Lane::Call(Callee::Models(_)) => ("call", None, false),
+            Lane::Call(Callee::Upstream(model)) => {
+                ("call", model.targets.first().map(|target| target.upstream.name.to_string()), false)
+            }
+            Lane::Pass(pass) => ("pass", Some(pass.upstream.name.to_string()), pass.websocket),
+        };
+        Self {
+            name: route.name.to_string(),
+            lane,
+            upstream,
+            websocket,
+            dialect: route.dialect.as_str(),
+            filters: route.chain.names(),
+        }
+    }
+}
+
+impl ModelState {
+    fn of(name: &str, model: &Model) -> Self {
+        let targets = model.targets.iter();
+        Self {
+            name: name.to_owned(),
+            model: model.name.to_string(),
+            targets: targets
+                .map(|target| TargetState {
+                    upstream: target.upstream.name.to_string(),
+                    model: target.model.to_string(),
+                })
+                .collect(),
+        }
+    }
+}
