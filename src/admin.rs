@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(described, served);
         for path in served {
             let endpoint = &document["paths"][path]["get"];
-            let path = &path.replace("{key_id}", "");
+            let path = &path.replace("{key_id}", "demo");
             let (head, body) = ask(address, path, token).await;
             assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
             let content = endpoint["responses"]["200"]["content"].as_object().unwrap();
