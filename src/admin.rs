@@ -2,6 +2,7 @@
 
 mod api;
 mod openapi;
+mod quota;
 
 use std::io;
 use std::sync::Arc;
@@ -46,12 +47,13 @@ fn open() -> [(&'static str, MethodRouter<Admin>); 4] {
 }
 
 /// What asks for the token where one is set.
-fn guarded() -> [(&'static str, MethodRouter<Admin>); 5] {
+fn guarded() -> [(&'static str, MethodRouter<Admin>); 6] {
     [
         ("/api/status", get(api::status)),
         ("/api/upstreams", get(api::upstreams)),
         ("/api/routes", get(api::routes)),
         ("/api/models", get(api::models)),
+        ("/api/quota/{key_id}", get(quota::show).delete(quota::reset)),
         ("/api/openapi.json", get(openapi::openapi)),
     ]
 }
@@ -240,6 +242,7 @@ mod tests {
         assert_eq!(described, served);
         for path in served {
             let endpoint = &document["paths"][path]["get"];
+            let path = &path.replace("{key_id}", "demo");
             let (head, body) = ask(address, path, token).await;
             assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
             let content = endpoint["responses"]["200"]["content"].as_object().unwrap();

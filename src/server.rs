@@ -21,7 +21,7 @@ use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
 use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::config::World;
-use tollgate_filters::limit::{Ledger, RedisOptions};
+use tollgate_filters::limit::{Ledger, RedisOptions, Watch};
 use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
@@ -208,7 +208,7 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
     let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
     let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
     let options = RedisOptions { url, timeout, when_down, replicas };
-    Ledger::in_redis(&options, Arc::clone(metrics)).await.map_err(io::Error::other)
+    Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await.map_err(io::Error::other)
 }
 
 /// Lets go of limit state that lies idle.

@@ -212,6 +212,17 @@ async fn a_key_in_redis_works_until_it_is_revoked_in_every_gateway_within_a_seco
     let quota = a.get("/v1/quota").key(&key).send().await.expect(200).json();
     assert_eq!((quota["key_id"].as_str(), quota["tier"].as_str()), (Some("dora"), Some("free")));
 
+    // The other gateway's operator sees the same, and gives it back.
+    let shown = b.admin("GET", "/api/quota/dora").send().await.expect(200).json();
+    assert_eq!(shown["limits"][0]["used"], 3);
+    assert_eq!(b.admin("DELETE", "/api/quota/dora").send().await.status(), 204);
+    assert_eq!(b.admin("GET", "/api/quota/nobody").send().await.status(), 404);
+    for _ in 0..3 {
+        ask(&b, &key).await.expect(200);
+    }
+    // Refusals are repeated for a moment without asking.
+    eventually("the minute to be used up", || async { ask(&a, &key).await.status() == 429 }).await;
+
     let listed = keys(&conf, &["list"]).await.expect("a list");
     assert_eq!(listed["keys"][0]["limits"]["requests_per_minute"], 3);
     assert!(!listed.to_string().contains(&key) && redis.command(&["EXISTS", &format!("tg:key:{key}")]) == "0");

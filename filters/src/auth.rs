@@ -10,7 +10,6 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::auth::keyring::{Keyring, Record};
 use crate::error::{BadRequest, GatewayError, Result};
 use crate::limit::{Limits, RuleSet, Scope, WhenDown};
 
@@ -18,6 +17,8 @@ mod filter;
 pub mod keyring;
 
 pub use filter::{Auth, AuthConfig};
+
+use keyring::{Keyring, Record};
 
 /// A place in a request where a key may stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
@@ -308,7 +309,7 @@ mod tests {
             Ok("alice".into()),
             "a real key wins over a stray parameter"
         );
-        let asked = Keys { by_hash: keys().by_hash, sources: vec![Source::Query], elsewhere: None };
+        let asked = Keys { sources: vec![Source::Query], ..keys() };
         assert_eq!(&*asked.identify(&HeaderMap::new(), "x=1&api_key=alice-key", 0).unwrap().id, "alice");
     }
 }

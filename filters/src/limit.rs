@@ -22,6 +22,7 @@ mod redis;
 pub mod reservation;
 pub mod rule;
 mod standing;
+pub mod watch;
 mod window;
 
 pub use clock::{Clock, Instant64, ManualClock, SystemClock};
@@ -30,3 +31,4 @@ pub use redis::shared::RedisOptions;
 pub use reservation::{Decision, Estimate, Ledger, Reservation};
 pub use rule::{Plan, Rule, RuleSet, Scope, ScopeId, WhenDown};
 pub use standing::{Standing, Standings};
+pub use watch::Watch;

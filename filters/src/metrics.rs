@@ -13,6 +13,7 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use prometheus::{Counter, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
 
+use crate::limit::Watch;
 use crate::limit::dimension::Dimension;
 use family::{Family, Registered, Table};
 pub use handle::{AbortPhase, Attempted, CallMetrics, Decision, NodeMetrics, OpenStream, RouteMetrics, TokenKind};
@@ -273,6 +274,16 @@ impl Metrics {
     pub fn set_access_dropped(&self, total: u64) {
         let counter = self.shared.families.access_dropped.with(&[]);
         counter.inc_by(total.saturating_sub(counter.get()));
+    }
+}
+
+impl Watch for Metrics {
+    fn set_store_up(&self, up: bool) {
+        Self::set_store_up(self, up);
+    }
+
+    fn store_took(&self, op: &'static str, took: Duration) {
+        Self::store_took(self, op, took);
     }
 }
 

@@ -41,7 +41,7 @@ fn anything(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "object" })
 }
 
-fn endpoints(open_metrics: bool) -> [Endpoint; 9] {
+fn endpoints(open_metrics: bool) -> [Endpoint; 10] {
     [
         open("/", "The console", "text/html"),
         Endpoint {
@@ -57,6 +57,10 @@ fn endpoints(open_metrics: bool) -> [Endpoint; 9] {
         guarded("/api/upstreams", "All upstreams with their nodes", of::<api::Upstreams>),
         guarded("/api/routes", "All routes, in the order in which they are tried", of::<api::Routes>),
         guarded("/api/models", "All names that clients may ask for", of::<api::Models>),
+        Endpoint {
+            other: Some(("404", "There is no such key")),
+            ..guarded("/api/quota/{key_id}", "What a key has used; DELETE gives it back", anything)
+        },
         guarded("/api/openapi.json", "This document", anything),
     ]
 }
@@ -89,7 +93,11 @@ pub(super) fn document(has_token: bool, open_metrics: bool) -> Value {
             responses.insert(status.into(), json!({ "description": why }));
         }
         let security = if endpoint.guarded && has_token { json!([{ "token": [] }]) } else { json!([]) };
-        let get = json!({ "summary": endpoint.summary, "security": security, "responses": responses });
+        let mut get = json!({ "summary": endpoint.summary, "security": security, "responses": responses });
+        if endpoint.path.contains("{key_id}") {
+            get["parameters"] =
+                json!([{ "name": "key_id", "in": "path", "required": true, "schema": { "type": "string" } }]);
+        }
         paths.insert(endpoint.path.to_owned(), json!({ "get": get }));
     }
     json!({

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, RedisResult};
 
-use crate::auth::{Caller, KeyHash, hash_key};
+use super::{Caller, KeyHash, hash_key};
 use crate::config::Secret;
 use crate::error::{GatewayError, Result};
 use crate::limit::Limits;

@@ -9,8 +9,8 @@ use super::memory::{LeaseId, MemoryStore, Verdicts};
 use super::redis::shared::{Answer, Live, RedisOptions, Shared};
 use super::rule::{Plan, ScopeId};
 use super::standing::Standings;
+use super::watch::Watch;
 use crate::error::{GatewayError, Refusal, Result};
-use crate::metrics::Metrics;
 use crate::usage::Usage;
 
 /// What a call will probably use, in tokens.
@@ -85,8 +85,8 @@ impl Ledger {
     ///
     /// # Errors
     /// An address that is none; in words.
-    pub async fn in_redis(options: &RedisOptions, metrics: Arc<Metrics>) -> Result<Self, String> {
-        let store = Store::Shared(Shared::start(options, metrics).await?);
+    pub async fn in_redis(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Self, String> {
+        let store = Store::Shared(Shared::start(options, watch).await?);
         Ok(Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() })))
     }
 

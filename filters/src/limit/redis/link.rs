@@ -9,7 +9,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, RedisResult};
 
 use super::{Beat, Commands};
-use crate::metrics::Metrics;
+use crate::limit::watch::Watch;
 
 /// How long a connection may take, and a probe over it.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -73,7 +73,7 @@ pub(super) struct Link {
     pub(super) breaker: Breaker,
     pub(super) commands: Commands,
     pub(super) budget: Duration,
-    pub(super) metrics: Arc<Metrics>,
+    pub(super) watch: Arc<dyn Watch>,
     started: Instant,
     /// Server's time less our own since the start, in microseconds.
     offset: AtomicU64,
@@ -87,7 +87,7 @@ impl Link {
         commands: Commands,
         budget: Duration,
         replicas: u32,
-        metrics: Arc<Metrics>,
+        watch: Arc<dyn Watch>,
     ) -> Self {
         let breaker = Breaker::default();
         breaker.trip();
@@ -97,7 +97,7 @@ impl Link {
             breaker,
             commands,
             budget,
-            metrics,
+            watch,
             started: Instant::now(),
             offset: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
@@ -142,7 +142,7 @@ impl Link {
         let begin = Instant::now();
         let outcome =
             tokio::time::timeout(patience, ask(&self.commands, MultiplexedConnection::clone(&connection))).await;
-        self.metrics.store_took(op, begin.elapsed());
+        self.watch.store_took(op, begin.elapsed());
         let error = match outcome {
             Ok(Ok(answer)) => {
                 self.breaker.succeeded();
@@ -157,7 +157,7 @@ impl Link {
             self.connection.store(None);
         }
         if opened {
-            self.metrics.set_store_up(false);
+            self.watch.set_store_up(false);
             match error {
                 Some(error) => tracing::warn!(op, %error, "the limit store is away"),
                 None => tracing::warn!(op, budget = ?patience, "the limit store is too slow"),

@@ -22,7 +22,7 @@ use crate::limit::memory::{LeaseId, Settled, Verdicts, clamp};
 use crate::limit::reservation::Estimate;
 use crate::limit::rule::{Plan, ScopeId, WhenDown};
 use crate::limit::standing::Standings;
-use crate::metrics::Metrics;
+use crate::limit::watch::Watch;
 
 mod keep;
 mod refused;
@@ -156,11 +156,11 @@ impl Shared {
     ///
     /// # Errors
     /// An address that is none.
-    pub(in crate::limit) async fn start(options: &RedisOptions, metrics: Arc<Metrics>) -> Result<Arc<Self>, String> {
+    pub(in crate::limit) async fn start(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Arc<Self>, String> {
         let client = redis::Client::open(options.url.expose())
             .map_err(|_| "store.redis.url is not an address of Redis".to_owned())?;
         let commands = Commands::new(rand::random());
-        let link = Link::new(client, commands, options.timeout, options.replicas, metrics);
+        let link = Link::new(client, commands, options.timeout, options.replicas, watch);
         let shared = Arc::new(Self {
             outage: ArcSwap::from_pointee(Outage::new(link.gateways())),
             link,

@@ -71,7 +71,7 @@ impl Keeper {
         if let Err(why) = shared.link.probe().await {
             self.looks = 0;
             shared.link.breaker.trip();
-            shared.link.metrics.set_store_up(false);
+            shared.link.watch.set_store_up(false);
             self.complain(&why);
             return Duration::from_millis(rand::random_range(PROBE_MS * 8 / 10..=PROBE_MS * 12 / 10));
         }
@@ -104,7 +104,7 @@ impl Keeper {
         }
         shared.outage.store(Arc::new(Outage::new(shared.link.gateways())));
         shared.link.breaker.close();
-        shared.link.metrics.set_store_up(true);
+        shared.link.watch.set_store_up(true);
         // What was admitted between the last look and this moment.
         shared.reconcile(false).await;
         let away = self.away_since.take().map(|since| since.elapsed()).unwrap_or_default();

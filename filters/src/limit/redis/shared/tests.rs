@@ -1,3 +1,5 @@
+use std::sync::atomic::AtomicBool;
+
 use super::super::server::Server;
 use super::*;
 use crate::config::Secret;
@@ -11,7 +13,24 @@ const ROOMY: Duration = Duration::from_secs(2);
 
 struct Gate {
     ledger: Ledger,
-    metrics: Arc<Metrics>,
+    seen: Arc<Seen>,
+}
+
+/// What the ledger told of its store.
+#[derive(Default)]
+struct Seen {
+    up: AtomicBool,
+    asked: AtomicU64,
+}
+
+impl Watch for Seen {
+    fn set_store_up(&self, up: bool) {
+        self.up.store(up, Ordering::Release);
+    }
+
+    fn store_took(&self, op: &'static str, _: Duration) {
+        self.asked.fetch_add(u64::from(op == "reserve"), Ordering::AcqRel);
+    }
 }
 
 async fn gate(server: &Server, timeout: Duration, when_down: WhenDown) -> Gate {
@@ -19,14 +38,14 @@ async fn gate(server: &Server, timeout: Duration, when_down: WhenDown) -> Gate {
 }
 
 async fn gate_at(url: &str, timeout: Duration, when_down: WhenDown) -> Gate {
-    let metrics = Arc::new(Metrics::new("0").unwrap());
+    let seen = Arc::new(Seen::default());
     let options = RedisOptions { url: Secret::new(url), timeout, when_down, replicas: 2 };
-    Gate { ledger: Ledger::in_redis(&options, Arc::clone(&metrics)).await.unwrap(), metrics }
+    Gate { ledger: Ledger::in_redis(&options, Arc::clone(&seen) as Arc<dyn Watch>).await.unwrap(), seen }
 }
 
 impl Gate {
     fn is_up(&self) -> bool {
-        self.metrics.render().contains("tollgate_store_up 1")
+        self.seen.up.load(Ordering::Acquire)
     }
 
     async fn becomes(&self, up: bool) {
@@ -149,10 +168,7 @@ async fn a_flood_of_refused_calls_does_not_reach_the_store() {
     let plan = key(&Limits { requests_per_minute: limit(2), ..Limits::default() });
     let begin = Instant::now();
     assert_eq!(gate.admits(&plan, 20_000).await, 2);
-    let render = gate.metrics.render();
-    let asked =
-        render.lines().find_map(|line| line.strip_prefix("tollgate_store_duration_seconds_count{op=\"reserve\"} "));
-    let asked: u128 = asked.unwrap().parse().unwrap();
+    let asked = u128::from(gate.seen.asked.load(Ordering::Acquire));
     assert!(asked <= 3 + begin.elapsed().as_millis() / 250, "{asked} questions");
     let Decision::Refused(refusal, standings) = gate.reserve(&plan).await else { panic!("admitted") };
     assert!(refusal.wait.unwrap() <= Duration::from_secs(60) && standings.binding().is_some());
@@ -294,7 +310,7 @@ async fn a_wrong_password_is_an_outage_and_no_secret_is_told() {
         when_down: WhenDown::Share,
         replicas: 1,
     };
-    let told = Ledger::in_redis(&nonsense, Arc::clone(&right.metrics)).await.unwrap_err();
+    let told = Ledger::in_redis(&nonsense, Arc::clone(&right.seen) as Arc<dyn Watch>).await.unwrap_err();
     assert!(told.contains("store.redis.url") && !told.contains("hunter2"), "{told}");
 }
 
