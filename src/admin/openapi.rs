@@ -93,11 +93,14 @@ pub(super) fn document(has_token: bool, open_metrics: bool) -> Value {
             responses.insert(status.into(), json!({ "description": why }));
         }
         let security = if endpoint.guarded && has_token { json!([{ "token": [] }]) } else { json!([]) };
-        let mut get = json!({ "summary": endpoint.summary, "security": security, "responses": responses });
-        if endpoint.path.contains("{key_id}") {
-            get["parameters"] =
-                json!([{ "name": "key_id", "in": "path", "required": true, "schema": { "type": "string" } }]);
-        }
+        let parameters = if endpoint.path.contains("{key_id}") {
+            json!([{ "name": "key_id", "in": "path", "required": true, "schema": { "type": "string" } }])
+        } else {
+            json!([])
+        };
+        let get = json!({
+            "summary": endpoint.summary, "parameters": parameters, "security": security, "responses": responses,
+        });
         paths.insert(endpoint.path.to_owned(), json!({ "get": get }));
     }
     json!({
