@@ -256,6 +256,22 @@ async fn the_first_line_of_the_demo_streams_an_answer_and_a_wrong_key_does_not()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_line_of_the_demo_does_what_it_says() {
+    let gw = Gateway::demo().await;
+    eventually("the demo to print its last line", || async { gw.stdout().contains("Ctrl-C") }).await;
+    let lines: Vec<String> = gw.stdout().lines().filter(|line| line.starts_with("curl ")).map(str::to_owned).collect();
+    assert!(lines.len() >= 6, "{lines:?}");
+    for line in &lines {
+        let output = shell(&format!("{line} --fail -s")).await;
+        assert!(output.status.success(), "{line}\n{}", text(&output));
+        if line.contains("shaky") {
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(said.contains("x-tollgate-attempts: 2") && said.contains("x-tollgate-upstream: qwen"), "{said}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_ends_on_sigterm() {
     let mut gw = Gateway::demo().await;
     assert!(gw.runs());

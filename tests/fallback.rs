@@ -211,6 +211,20 @@ async fn a_4xx_of_the_node_is_passed_as_it_is_and_never_retried() {
     assert!(far.requests().is_empty());
 }
 
+/// The next target may be another model of the same node: what failed was the model, not the node.
+#[tokio::test]
+async fn a_node_that_failed_for_one_target_may_serve_the_next() {
+    let near = node("small").await;
+    let conf = Conf::new()
+        .upstream("near", &[near.url()], "")
+        .model("chat", &[("near", "small+500"), ("near", "small")], "")
+        .llm();
+    let gw = Gateway::with(&conf).await;
+    let answer = gw.post(PATH).key(WENDY).json(&chat("hi")).send().await.expect(200);
+    assert_eq!(answer.header("x-tollgate-attempts"), "2");
+    assert_eq!(answer.header("x-tollgate-model"), "small");
+}
+
 #[tokio::test]
 async fn when_nothing_can_be_reached_it_is_502_upstream_unreachable() {
     let (one, two) = (Refused::new(), Refused::new());

@@ -86,8 +86,8 @@ fn welcome(gateway: &str, admin: &str, out: &mut dyn Write) -> io::Result<()> {
 A streamed chat completion:
 curl -N http://{gateway}/v1/chat/completions -H 'Authorization: Bearer demo-key' -H 'Content-Type: application/json' -d '{{"model":"chat","stream":true,"max_tokens":40,"messages":[{{"role":"user","content":"What is a toll gate?"}}]}}'
 
-The first node that is asked answers 503, the other one takes over (see x-tollgate-attempts):
-curl -i http://{gateway}/v1/chat/completions -H 'Authorization: Bearer demo-key' -H 'Content-Type: application/json' -H 'x-sim-fault: 503' -d '{{"model":"chat","max_tokens":20,"messages":[{{"role":"user","content":"Hello"}}]}}'
+A model whose first target always answers 503: the next one takes over (see x-tollgate-attempts and -upstream):
+curl -i http://{gateway}/v1/chat/completions -H 'Authorization: Bearer demo-key' -H 'Content-Type: application/json' -d '{{"model":"shaky","max_tokens":20,"messages":[{{"role":"user","content":"Hello"}}]}}'
 
 A Dify app, streamed:
 curl -N http://{gateway}/v1/chat-messages -H 'Authorization: Bearer app-demo' -H 'Content-Type: application/json' -d '{{"inputs":{{}},"query":"Hello","response_mode":"streaming","user":"abc"}}'

@@ -13,7 +13,7 @@ use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
-use tollgate_filters::retry::Failure;
+use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::attempt::{self, Dispatch, End};
@@ -98,46 +98,60 @@ async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
 
 /// A node that takes the next attempt.
 struct Chosen {
+    index: usize,
     target: Target,
     node: Arc<Node>,
     guard: InFlight,
 }
 
+/// A node that was asked, and for which target.
+struct Tried {
+    target: usize,
+    node: Arc<Node>,
+    /// It did not answer at all: it is not asked for another target either.
+    silent: bool,
+}
+
 /// Which nodes were tried, and what came of the last one.
 struct Course {
     model: Arc<Model>,
-    tried: SmallVec<[Arc<Node>; 4]>,
+    tried: SmallVec<[Tried; 4]>,
     last: Option<Failure>,
     attempts: u32,
 }
 
 impl Course {
-    /// The next node: those not tried yet of each target in turn.
+    /// The next node: those not tried yet of each target in turn. A target goes on to its other nodes whatever
+    /// happened; `on` decides whether the next target follows.
     fn next(&self, marks: Marks) -> Option<Chosen> {
+        let current = self.tried.last().map_or(0, |tried| tried.target);
         let may_follow = |target: &Target| self.last.as_ref().is_none_or(|failure| target.on.contains(&failure.class));
-        // The upstream of the last attempt goes on to its other nodes; `on` decides about further targets.
-        let same = |target: &Target| {
-            self.tried.last().is_some_and(|last| target.upstream.nodes.iter().any(|n| Arc::ptr_eq(n, last)))
-        };
-        let targets = self.model.targets.iter().filter(|t| self.tried.is_empty() || same(t) || may_follow(t));
-        targets.into_iter().find_map(|target| self.pick(target, marks))
+        let targets = self.model.targets.iter().enumerate().skip(current);
+        targets
+            .filter(|(index, target)| *index == current || may_follow(target))
+            .find_map(|(index, _)| self.pick(index, marks))
     }
 
-    fn pick(&self, target: &Target, marks: Marks) -> Option<Chosen> {
+    fn was_tried(&self, target: usize, node: &Arc<Node>) -> bool {
+        self.tried.iter().any(|tried| Arc::ptr_eq(&tried.node, node) && (tried.target == target || tried.silent))
+    }
+
+    fn pick(&self, index: usize, marks: Marks) -> Option<Chosen> {
+        let target = self.model.targets.get(index)?;
         let upstream = &target.upstream;
         let mut nodes: SmallVec<[&Arc<Node>; 16]> =
-            upstream.nodes.iter().filter(|n| n.weight > 0 && !self.tried.iter().any(|t| Arc::ptr_eq(t, n))).collect();
+            upstream.nodes.iter().filter(|n| n.weight > 0 && !self.was_tried(index, n)).collect();
         while !nodes.is_empty() {
             let candidates: SmallVec<[Candidate; 16]> = nodes
                 .iter()
                 .map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed })
                 .collect();
-            let index = balance::pick(upstream.policy, &candidates, marks)?;
-            let node = Arc::clone(nodes.get(index)?);
+            let chosen = balance::pick(upstream.policy, &candidates, marks)?;
+            let node = Arc::clone(nodes.get(chosen)?);
             if let Some(guard) = node.state.try_enter(upstream.pool.concurrency) {
-                return Some(Chosen { target: target.clone(), node, guard });
+                return Some(Chosen { index, target: target.clone(), node, guard });
             }
-            nodes.remove(index);
+            nodes.remove(chosen);
         }
         None
     }
@@ -153,7 +167,7 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
         let Some(chosen) = course.next(marks) else { break };
         course.attempts += 1;
         note(ctx, &course, &chosen);
-        let Chosen { target, node, guard } = chosen;
+        let Chosen { index, target, node, guard } = chosen;
         let began = Instant::now();
         let gateway = Arc::clone(&ctx.gateway);
         let ended = tokio::select! {
@@ -188,7 +202,8 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
                     class = failure.class.as_str(), detail = %failure.detail, "attempt failed"
                 );
                 let final_word = !may_try_elsewhere(&target.upstream, &failure);
-                course.tried.push(node);
+                let silent = matches!(failure.class, Class::Connect | Class::Timeout | Class::FirstToken);
+                course.tried.push(Tried { target: index, node, silent });
                 course.last = Some(failure);
                 if final_word {
                     break;
