@@ -197,7 +197,7 @@ impl ProxyHttp for Proxy {
             client.shutdown().await;
             return lost;
         }
-        let gateway_error = pass::client_error(error);
+        let gateway_error = pass::client_error(error, ctx);
         let told = reply::refuse(client, ctx, &gateway_error).await.is_ok();
         FailToProxy { error_code: gateway_error.face().status, can_reuse_downstream: told }
     }

@@ -46,6 +46,21 @@ pub(crate) fn load(path: Option<&PathBuf>, world: &dyn World) -> Result<Loaded, 
     }
 }
 
+/// The same for a command that cannot go on without it: the problems are told on `err`, and `None` is left.
+///
+/// # Errors
+/// When the problems cannot be written.
+pub(crate) fn load_or_tell(
+    path: Option<&PathBuf>,
+    world: &dyn World,
+    err: &mut dyn Write,
+) -> io::Result<Option<Loaded>> {
+    match load(path, world) {
+        Ok(loaded) => Ok(Some(loaded)),
+        Err(problems) => write!(err, "{problems}").map(|()| None),
+    }
+}
+
 /// Runs the check; the result goes to `out`, in text problems go to `err`. Exit code 0: may be used; 1: refused.
 ///
 /// # Errors

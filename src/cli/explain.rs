@@ -63,13 +63,7 @@ pub(crate) fn run(
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> io::Result<ExitCode> {
-    let loaded = match check::load(args.config.as_ref(), world) {
-        Ok(loaded) => loaded,
-        Err(problems) => {
-            write!(err, "{problems}")?;
-            return Ok(ExitCode::FAILURE);
-        }
-    };
+    let Some(loaded) = check::load_or_tell(args.config.as_ref(), world, err)? else { return Ok(ExitCode::FAILURE) };
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION")).map_err(io::Error::other)?;
     let lasting = Lasting { ledger: Ledger::in_memory(), keyring: None, metrics: metrics.into() };
     let checked = Checked { document: &loaded.document, hash: &loaded.hash };

@@ -118,13 +118,7 @@ pub(crate) fn run(
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> io::Result<ExitCode> {
-    let loaded = match check::load(args.config.as_ref(), world) {
-        Ok(loaded) => loaded,
-        Err(problems) => {
-            write!(err, "{problems}")?;
-            return Ok(ExitCode::FAILURE);
-        }
-    };
+    let Some(loaded) = check::load_or_tell(args.config.as_ref(), world, err)? else { return Ok(ExitCode::FAILURE) };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match runtime.block_on(act(&args.act, &loaded.document, world)) {
         Ok(done) => {

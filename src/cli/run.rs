@@ -1,6 +1,6 @@
 //! `tollgate run`: serve.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -24,12 +24,8 @@ pub(crate) struct RunArgs {
 /// A listener that cannot be bound, a runtime that cannot be built.
 pub(crate) fn run(args: &RunArgs) -> io::Result<ExitCode> {
     server::log_to_stderr();
-    let loaded = match check::load(args.config.as_ref(), &Process) {
-        Ok(loaded) => loaded,
-        Err(problems) => {
-            write!(io::stderr(), "{problems}")?;
-            return Ok(ExitCode::FAILURE);
-        }
+    let Some(loaded) = check::load_or_tell(args.config.as_ref(), &Process, &mut io::stderr())? else {
+        return Ok(ExitCode::FAILURE);
     };
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");

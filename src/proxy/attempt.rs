@@ -22,7 +22,7 @@ use tollgate_filters::retry::{Class, Failure, class_of_status};
 use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::upstream::{self, Forwarded};
-use super::{Ctx, call};
+use super::{Ctx, pass};
 use crate::gateway::ByteShare;
 
 /// Most of a plain answer that is held back to see whether it is whole and no error.
@@ -54,7 +54,7 @@ pub(crate) struct Dispatch {
 impl Dispatch {
     /// Prepares the attempts of a call.
     pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes, share: ByteShare) -> Self {
-        Self { body, rewritten: None, forwarded: call::forwarded(client, ctx), _share: share }
+        Self { body, rewritten: None, forwarded: pass::forwarded(client, ctx), _share: share }
     }
 
     /// The body for a target: the model's name there, and the usage asked for.

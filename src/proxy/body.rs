@@ -49,12 +49,17 @@ fn is_json(kind: &HeaderValue) -> bool {
     json && parts.all(utf8)
 }
 
+/// The length that the client declares of its body, if it does.
+pub(crate) fn declared_length(client: &ServerSession) -> Option<u64> {
+    client.get_header(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// Reads the whole body.
 ///
 /// # Errors
 /// `body_too_large` (at once, where the length is declared), `overloaded`, `request_timeout`; `None` if the client left.
 pub(crate) async fn read(client: &mut ServerSession, cap: u64, share: &mut ByteShare) -> Result<Option<Bytes>> {
-    let declared = client.get_header(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let declared = declared_length(client);
     if declared.is_some_and(|length| length > cap) {
         return Err(GatewayError::BodyTooLarge { limit: cap });
     }

@@ -17,7 +17,7 @@ use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::attempt::{self, Dispatch, End};
-use super::{Ctx, body, relay, reply, upstream};
+use super::{Ctx, body, relay, reply};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
 
@@ -247,9 +247,4 @@ fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempt
     if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
         handles.attempted(outcome);
     }
-}
-
-/// What nodes are told of the client; made once per call.
-pub(crate) fn forwarded(client: &ServerSession, ctx: &Ctx) -> upstream::Forwarded {
-    super::pass::forwarded(client, ctx)
 }

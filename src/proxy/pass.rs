@@ -19,7 +19,7 @@ use tollgate_filters::filter::Flow;
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
 
 use super::upstream::{Forwarded, introduce, is_gateway_header, prefixed};
-use super::{Ctx, intake, reply, upstream};
+use super::{Ctx, body, intake, reply, upstream};
 use crate::runtime::Pass;
 
 /// State of one request in the pass lane.
@@ -49,9 +49,7 @@ impl Passage {
 /// What Pingora says of the client's connection.
 pub(crate) async fn begin(client: &mut ServerSession, ctx: &mut Ctx, lane: &Pass) -> pingora_core::Result<bool> {
     let body_bytes = ctx.route.as_ref().and_then(|r| r.body_bytes);
-    let declared =
-        client.get_header(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if let (Some(limit), Some(length)) = (body_bytes, declared)
+    if let (Some(limit), Some(length)) = (body_bytes, body::declared_length(client))
         && length > limit
     {
         return reply::refuse(client, ctx, &GatewayError::BodyTooLarge { limit }).await.map(|()| true);
@@ -227,9 +225,11 @@ pub(crate) fn failed(session: &Session, mut error: Box<Error>, reused: bool) -> 
 }
 
 /// What the client is told of an error of Pingora's loop.
-pub(crate) fn client_error(error: &Error) -> GatewayError {
+pub(crate) fn client_error(error: &Error, ctx: &Ctx) -> GatewayError {
     match error.etype() {
-        ErrorType::HTTPStatus(413) => GatewayError::BodyTooLarge { limit: 0 },
+        ErrorType::HTTPStatus(413) => GatewayError::BodyTooLarge {
+            limit: ctx.passage.as_ref().and_then(|passage| passage.body_bytes).unwrap_or(0),
+        },
         ErrorType::HTTPStatus(503) => GatewayError::Unavailable(Unavailable::NoHealthyUpstream),
         ErrorType::ReadTimedout | ErrorType::WriteTimedout => GatewayError::UpstreamTimeout,
         _ => match error.esource() {

@@ -12,7 +12,7 @@ use tollgate_filters::exchange::Tally;
 use tollgate_filters::filter::Reply;
 use tollgate_filters::limit::headers::refusal_headers;
 
-use super::Ctx;
+use super::{Ctx, body};
 use crate::runtime::Lane;
 
 /// How long a client that is still sending may go on after an early answer, so that it gets to read it.
@@ -56,7 +56,7 @@ async fn is_unread(client: &mut ServerSession) -> bool {
     if client.is_body_empty() || client.is_body_done() {
         return false;
     }
-    let length = client.get_header(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    let length = body::declared_length(client);
     if client.get_header(EXPECT).is_some() || length.is_none_or(|length| length > SHORT_BODY) {
         return true;
     }
