@@ -41,6 +41,8 @@ pub mod auth;
 pub mod call;
 pub mod model;
 
+pub mod course;
+
 pub mod exchange;
 
 // Filters

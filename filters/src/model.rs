@@ -1,6 +1,7 @@
 //! Models: what clients ask for, and the targets that answer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::limit::RuleSet;
 use crate::retry::Class;
@@ -31,18 +32,28 @@ pub struct Target {
     pub model: Arc<str>,
     /// What must have happened before for this target to be tried.
     pub on: Vec<Class>,
+    /// It takes longer prompts than the targets before it.
+    pub larger_context: bool,
+    /// It can go on with an answer that another node began.
+    pub continues: bool,
 }
 
 /// How attempts follow each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Retry {
     /// Attempts of one call over all its targets, the first included.
     pub attempts: u32,
+    /// Wait before a node is asked a second time; doubled with each further repetition.
+    pub backoff: Duration,
+    /// Whether that wait is spread over its span by chance.
+    pub jitter: bool,
+    /// Extra attempts that an upstream may get, as a share of its calls.
+    pub budget: f64,
 }
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { attempts: 3 }
+        Self { attempts: 3, backoff: Duration::from_millis(100), jitter: true, budget: 0.2 }
     }
 }
 

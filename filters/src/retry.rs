@@ -1,5 +1,11 @@
 //! What may follow a failed attempt. Pure: the failure and the target in, a decision out.
 
+mod after;
+mod backoff;
+mod budget;
+mod refusal;
+mod rest;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -8,6 +14,12 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::error::GatewayError;
 use crate::metrics::Attempted;
+
+pub use after::retry_after;
+pub use backoff::backoff;
+pub use budget::RetryBudget;
+pub use refusal::class_of_refusal;
+pub use rest::{Admits, Probe, Rest};
 
 macro_rules! classes {
     ($($(#[$doc:meta])* $variant:ident $name:literal;)*) => {
@@ -109,12 +121,24 @@ pub struct Failure {
     pub detail: String,
     /// Whether the node surely did not start on the request.
     pub unprocessed: bool,
+    /// The node let a deadline pass without a word: it is not asked again for this call.
+    pub silent: bool,
 }
 
 impl Failure {
     /// A failure of a class with a word for the log.
     pub fn new(class: Class, detail: impl Into<String>) -> Self {
-        Self { class, retry_after: None, detail: detail.into(), unprocessed: false }
+        Self { class, retry_after: None, detail: detail.into(), unprocessed: false, silent: false }
+    }
+
+    /// A failure by a deadline that passed.
+    pub fn silent(class: Class, detail: impl Into<String>) -> Self {
+        Self { silent: true, ..Self::new(class, detail) }
+    }
+
+    /// Whether it speaks against the node, and not only against our credential or the call.
+    pub const fn is_of_node(&self) -> bool {
+        matches!(self.class, Class::Connect | Class::Timeout | Class::ServerError | Class::FirstToken)
     }
 
     /// What the client gets when this was the last attempt.

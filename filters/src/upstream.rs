@@ -1,15 +1,17 @@
 //! Upstreams, their nodes and credentials, and the live state of a node.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use smallvec::SmallVec;
 
-use crate::balance::Policy;
+use crate::balance::{Candidate, Policy, round_robin};
 use crate::config::Secret;
 use crate::dialect::Dialect;
+use crate::retry::{Admits, Class, Failure, Probe, Rest, RetryBudget};
 
 /// A set of nodes that serve the same thing, with what is needed to talk to them.
 #[derive(Debug)]
@@ -28,17 +30,128 @@ pub struct Upstream {
     pub timeouts: Timeouts,
     /// Connection pool and admission of each node.
     pub pool: Pool,
+    /// When a node is taken out by the failures of its traffic; `None` is never.
+    pub eject: Option<Eject>,
+    /// Shortest rest of a credential that was refused.
+    pub cooldown: Duration,
+    /// Attempts beyond the calls; survives a reload.
+    pub extra: Arc<RetryBudget>,
     /// Next turn for round robin over nodes.
     pub turn: AtomicUsize,
     /// Next turn for spreading calls over credentials.
     pub credential_turn: AtomicUsize,
 }
 
+/// When a node is taken out by the failures of its traffic.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Eject {
+    /// Failures in a row.
+    pub after: u32,
+    /// For how long, before one call may try.
+    pub period: Duration,
+    /// Share of the nodes that may be out at one time.
+    pub max_ratio: f64,
+}
+
+/// A node that has no time to offer rests for so long after a 429.
+const BREATH: Duration = Duration::from_secs(1);
+/// An upstream that asks for a longer rest of a node than this does not get it: a node of our own knows no hours.
+const LONGEST_REST: Duration = Duration::from_secs(60);
+
+/// Which credential takes an attempt.
+#[derive(Debug)]
+pub enum Key {
+    /// The upstream needs none.
+    None,
+    /// This one. The probe is there if it comes from a rest.
+    Use(Credential, Option<Probe>),
+    /// All rest, the first of them until then.
+    Resting(Duration),
+}
+
 impl Upstream {
-    /// The credential whose turn it is, if the upstream has any.
-    pub fn next_credential(&self) -> Option<&Credential> {
+    /// The credential whose turn it is among those that do not rest.
+    pub fn key(&self, now: Duration) -> Key {
+        if self.credentials.is_empty() {
+            return Key::None;
+        }
         let turn = self.credential_turn.fetch_add(1, Ordering::Relaxed);
-        self.credentials.get(turn.checked_rem(self.credentials.len())?)
+        let mut fit: SmallVec<[(&Credential, bool); 8]> = SmallVec::new();
+        let mut soonest = Duration::MAX;
+        for credential in &self.credentials {
+            match credential.state.rest.admits(now) {
+                Admits::Freely => fit.push((credential, false)),
+                Admits::OneCall => fit.push((credential, true)),
+                Admits::NotBefore(until) => soonest = soonest.min(until),
+            }
+        }
+        while !fit.is_empty() {
+            let weigh = |(c, _): &(&Credential, bool)| Candidate { inflight: 0, weight: c.weight, seed: 0 };
+            let candidates: SmallVec<[Candidate; 8]> = fit.iter().map(weigh).collect();
+            let Some(at) = round_robin::pick(&candidates, turn) else { break };
+            let (credential, rested) = fit.remove(at);
+            if !rested {
+                return Key::Use(credential.clone(), None);
+            }
+            if let Some(probe) = credential.state.rest.probe() {
+                return Key::Use(credential.clone(), Some(probe));
+            }
+            soonest = soonest.min(now);
+        }
+        Key::Resting(soonest)
+    }
+
+    /// Notes that an attempt brought an answer. True if the node had been taken out before.
+    pub fn succeeded(&self, node: &Node, credential: Option<&Credential>) -> bool {
+        if let Some(credential) = credential {
+            credential.state.rest.over();
+            credential.state.refused.store(false, Ordering::Relaxed);
+        }
+        node.state.limited.over();
+        node.state.in_a_row.store(0, Ordering::Relaxed);
+        node.state.ejected.over()
+    }
+
+    /// Notes a failed attempt: whoever is at fault rests. True if the node was taken out by it.
+    pub fn failed(&self, node: &Node, credential: Option<&Credential>, failure: &Failure, now: Duration) -> bool {
+        let told = failure.retry_after;
+        match failure.class {
+            Class::RateLimited | Class::Auth => {
+                match credential {
+                    Some(credential) => {
+                        credential.state.refused.store(failure.class == Class::Auth, Ordering::Relaxed);
+                        credential.state.rest.until(now + self.cooldown.max(told.unwrap_or_default()));
+                    }
+                    None => {
+                        node.state.limited.until(now + told.unwrap_or(BREATH).clamp(BREATH, LONGEST_REST));
+                    }
+                }
+                false
+            }
+            Class::Connect | Class::Timeout | Class::ServerError | Class::FirstToken => {
+                node.state.failures.fetch_add(1, Ordering::Relaxed);
+                if let Some(told) = told {
+                    node.state.limited.until(now + told.min(LONGEST_REST));
+                }
+                let in_a_row = node.state.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+                let Some(eject) = self.eject else { return false };
+                let again = node.state.ejected.admits(now) != Admits::Freely;
+                if !again && (in_a_row < eject.after || !self.may_lose_one(&eject, now)) {
+                    return false;
+                }
+                node.state.ejected.until(now + eject.period);
+                !again
+            }
+            Class::ContextLength | Class::ContentFilter => false,
+        }
+    }
+
+    /// Whether one node more may be taken out. A node that is alone may: whether it is passed over then, the plan of
+    /// the call decides.
+    fn may_lose_one(&self, eject: &Eject, now: Duration) -> bool {
+        let out = self.nodes.iter().filter(|node| node.state.ejected.admits(now) != Admits::Freely).count();
+        let most = (self.nodes.len() as f64 * eject.max_ratio) as usize;
+        out < most.max(1)
     }
 
     /// The next turn, for policies that go round.
@@ -59,9 +172,35 @@ pub struct Credential {
     pub label: Arc<str>,
     /// The key itself.
     pub secret: Secret,
+    /// Share of the calls relative to the other credentials.
+    pub weight: u32,
+    /// How it fares; survives a reload.
+    pub state: Arc<CredentialState>,
+}
+
+/// Live state of a credential.
+#[derive(Debug, Default)]
+pub struct CredentialState {
+    /// Its rest after a 429 or a refusal.
+    pub rest: Arc<Rest>,
+    /// Whether it rests because it was refused, and not for the rate.
+    pub refused: AtomicBool,
 }
 
 impl Credential {
+    /// Whether it rests because the upstream refused it, and not for its rate.
+    pub fn is_refused(&self) -> bool {
+        self.state.refused.load(Ordering::Relaxed)
+    }
+
+    /// The end of its rest; `now` if it has none.
+    pub fn rests_until(&self, now: Duration) -> Duration {
+        match self.state.rest.admits(now) {
+            Admits::NotBefore(until) => until,
+            Admits::Freely | Admits::OneCall => now,
+        }
+    }
+
     /// The text with every copy of the key replaced by stars: an upstream may echo it in an error.
     pub fn mask(&self, text: Bytes) -> Bytes {
         let secret = self.secret.expose().as_bytes();
@@ -137,9 +276,31 @@ pub struct NodeState {
     inflight: AtomicU32,
     attempts: AtomicU64,
     failures: AtomicU64,
+    /// Failures since the last success.
+    in_a_row: AtomicU32,
+    /// Its rest after too many of them.
+    pub ejected: Arc<Rest>,
+    /// Its rest because it asked for it.
+    pub limited: Arc<Rest>,
 }
 
 impl NodeState {
+    /// Whether it may be given a call at `now`; the later of its rests counts.
+    pub fn admits(&self, now: Duration) -> Admits {
+        match (self.ejected.admits(now), self.limited.admits(now)) {
+            (Admits::NotBefore(a), Admits::NotBefore(b)) => Admits::NotBefore(a.max(b)),
+            (Admits::NotBefore(until), _) | (_, Admits::NotBefore(until)) => Admits::NotBefore(until),
+            (Admits::OneCall, _) | (_, Admits::OneCall) => Admits::OneCall,
+            (Admits::Freely, Admits::Freely) => Admits::Freely,
+        }
+    }
+
+    /// The places of the one call that tries after a rest; `None` if another has taken one.
+    pub fn probe(&self, now: Duration) -> Option<SmallVec<[Probe; 2]>> {
+        let rests = [&self.ejected, &self.limited].into_iter().filter(|rest| rest.admits(now) != Admits::Freely);
+        rests.map(Rest::probe).collect()
+    }
+
     /// Calls that are on the node now.
     pub fn inflight(&self) -> u32 {
         self.inflight.load(Ordering::Relaxed)
@@ -153,11 +314,6 @@ impl NodeState {
     /// Attempts that failed by the node's fault.
     pub fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
-    }
-
-    /// Counts a failed attempt.
-    pub fn failed(&self) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a call in until the guard is dropped.
@@ -209,9 +365,131 @@ mod tests {
         assert_eq!((state.inflight(), state.attempts()), (0, 2));
     }
 
+    fn credential(label: &str) -> Credential {
+        Credential { label: label.into(), secret: Secret::new("sk-far"), weight: 1, state: Arc::default() }
+    }
+
+    fn node(name: &str) -> Arc<Node> {
+        Arc::new(Node {
+            name: name.into(),
+            host: name.into(),
+            port: 80,
+            tls: false,
+            authority: name.into(),
+            prefix: "".into(),
+            weight: 1,
+            seed: 1,
+            addresses: ArcSwap::from_pointee(Vec::new()),
+            state: Arc::default(),
+        })
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn upstream(nodes: usize, credentials: usize) -> Upstream {
+        Upstream {
+            name: "far".into(),
+            dialect: Dialect::Openai,
+            policy: Policy::LeastRequest,
+            nodes: (0..nodes).map(|n| node(&format!("node-{n}"))).collect(),
+            credentials: (0..credentials).map(|n| credential(&format!("far#{n}"))).collect(),
+            timeouts: Timeouts {
+                connect: SECOND,
+                first_byte: SECOND,
+                first_token: SECOND,
+                between_tokens: SECOND,
+                total: SECOND,
+            },
+            pool: Pool { idle: SECOND, concurrency: None },
+            eject: Some(Eject { after: 3, period: 10 * SECOND, max_ratio: 0.5 }),
+            cooldown: 60 * SECOND,
+            extra: Arc::default(),
+            turn: AtomicUsize::new(0),
+            credential_turn: AtomicUsize::new(0),
+        }
+    }
+
+    fn used(upstream: &Upstream, now: Duration) -> Option<String> {
+        match upstream.key(now) {
+            Key::Use(credential, _) => Some(credential.label.to_string()),
+            Key::None | Key::Resting(_) => None,
+        }
+    }
+
+    fn fails(upstream: &Upstream, node: usize, times: usize, now: Duration) -> bool {
+        let failure = Failure::new(Class::ServerError, "status 500");
+        (0..times).map(|_| upstream.failed(&upstream.nodes[node], None, &failure, now)).last().unwrap()
+    }
+
+    #[test]
+    fn credentials_take_turns_by_weight() {
+        let mut far = upstream(1, 2);
+        far.credentials[1].weight = 3;
+        let mut second = 0;
+        for _ in 0..40 {
+            second += usize::from(used(&far, SECOND).unwrap() == "far#1");
+        }
+        assert_eq!(second, 30);
+        assert!(matches!(upstream(1, 0).key(SECOND), Key::None));
+    }
+
+    #[test]
+    fn a_credential_that_was_limited_rests_at_least_its_cooldown_and_as_long_as_it_was_told() {
+        let far = upstream(1, 2);
+        let limited = |after| Failure { retry_after: after, ..Failure::new(Class::RateLimited, "status 429") };
+        far.failed(&far.nodes[0], Some(&far.credentials[0]), &limited(Some(SECOND)), SECOND);
+        assert!((0..4).all(|_| used(&far, 60 * SECOND).unwrap() == "far#1"));
+        far.failed(&far.nodes[0], Some(&far.credentials[1]), &limited(Some(90 * SECOND)), SECOND);
+        assert!(matches!(far.key(2 * SECOND), Key::Resting(until) if until == 61 * SECOND));
+        // Its rest over, one call tries it; a success sets it free.
+        let Key::Use(first, Some(probe)) = far.key(61 * SECOND) else { panic!("one may try") };
+        assert_eq!(&*first.label, "far#0");
+        assert!(matches!(far.key(61 * SECOND), Key::Resting(_)));
+        far.succeeded(&far.nodes[0], Some(&first));
+        drop(probe);
+        assert!(matches!(far.key(61 * SECOND), Key::Use(_, None)));
+        assert_eq!(far.nodes[0].state.failures(), 0, "the node is not at fault");
+    }
+
+    #[test]
+    fn a_node_is_taken_out_after_failures_in_a_row_and_a_success_starts_the_count_anew() {
+        let own = upstream(3, 0);
+        assert!(!fails(&own, 0, 2, SECOND));
+        own.succeeded(&own.nodes[0], None);
+        assert!(!fails(&own, 0, 2, SECOND));
+        assert!(fails(&own, 0, 1, SECOND));
+        assert_eq!(own.nodes[0].state.admits(2 * SECOND), Admits::NotBefore(11 * SECOND));
+        // The one call that tries fails: it rests once more, which is no further ejection.
+        let probe = own.nodes[0].state.probe(11 * SECOND).unwrap();
+        assert!(!fails(&own, 0, 1, 11 * SECOND));
+        drop(probe);
+        assert_eq!(own.nodes[0].state.admits(12 * SECOND), Admits::NotBefore(21 * SECOND));
+        assert!(own.succeeded(&own.nodes[0], None));
+        assert_eq!(own.nodes[0].state.admits(12 * SECOND), Admits::Freely);
+    }
+
+    #[test]
+    fn no_more_nodes_are_out_than_the_ratio_allows() {
+        let own = upstream(4, 0);
+        assert!(fails(&own, 0, 3, SECOND) && fails(&own, 1, 3, SECOND));
+        assert!(!fails(&own, 2, 9, SECOND));
+        let alone = upstream(1, 0);
+        assert!(fails(&alone, 0, 3, SECOND));
+    }
+
+    #[test]
+    fn a_node_of_ours_rests_as_long_as_it_asks_within_reason() {
+        let own = upstream(2, 0);
+        let limited = |after| Failure { retry_after: after, ..Failure::new(Class::RateLimited, "status 429") };
+        own.failed(&own.nodes[0], None, &limited(None), SECOND);
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
+        own.failed(&own.nodes[0], None, &limited(Some(3600 * SECOND)), SECOND);
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(61 * SECOND));
+    }
+
     #[test]
     fn an_echoed_key_is_masked_everywhere() {
-        let key = Credential { label: "far#0".into(), secret: Secret::new("sk-far") };
+        let key = credential("far#0");
         let masked = key.mask(Bytes::from_static(b"bad key sk-far, really sk-far!"));
         assert_eq!(masked, "bad key ***, really ***!");
         let clean = Bytes::from_static(b"nothing here");
