@@ -6,6 +6,7 @@ mod quota;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
@@ -22,7 +23,8 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tollgate_filters::config::Secret;
-use tollgate_filters::upstream::{Node, Upstream};
+use tollgate_filters::retry::Admits;
+use tollgate_filters::upstream::Node;
 
 use crate::gateway::Gateway;
 
@@ -131,15 +133,16 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
         for node in &upstream.nodes {
             if let Some(handles) = runtime.node(&upstream.name, &node.name) {
                 handles.set_inflight(node.state.inflight() as usize);
-                handles.set_up(is_up(upstream, node));
+                handles.set_up(is_up(node, gateway.now()));
             }
         }
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], gateway.metrics.render()).into_response()
 }
 
-fn is_up(_: &Upstream, node: &Node) -> bool {
-    node.weight > 0 && !node.addresses.load().is_empty()
+fn is_up(node: &Node, now: Duration) -> bool {
+    let out = matches!(node.state.ejected.admits(now), Admits::NotBefore(_));
+    node.weight > 0 && !node.addresses.load().is_empty() && !out
 }
 
 async fn ready(State(admin): State<Admin>) -> Response {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use pingora_core::connectors::http::Connector;
@@ -45,6 +45,11 @@ impl Gateway {
     pub(crate) fn enter(self: &Arc<Self>) -> Open {
         self.open.fetch_add(1, Ordering::AcqRel);
         Open(Arc::clone(self))
+    }
+
+    /// Time since the process started, for rests and budgets of upstreams.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether the process is about to end.

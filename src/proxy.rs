@@ -112,7 +112,7 @@ impl ProxyHttp for Proxy {
                 match outcome {
                     Outcome::Answered => Ok(true),
                     Outcome::ClientGone => Err(Error::new_down(ErrorType::ConnectionClosed)),
-                    Outcome::BrokenOff => Err(Error::new_up(ErrorType::ConnectionClosed)),
+                    Outcome::BrokenOff | Outcome::CutOff => Err(Error::new_up(ErrorType::ConnectionClosed)),
                 }
             }
             Lane::Pass(lane) => pass::begin(client, ctx, lane).await,

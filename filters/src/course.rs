@@ -370,7 +370,7 @@ fn resting(upstream: &Upstream, until: Duration) -> Passed {
 
 /// Whether a target takes a call that failed with this class before.
 fn takes(target: &Target, class: Class) -> bool {
-    target.on.contains(&class) || (class == Class::ContextLength && target.larger_context)
+    if class == Class::ContextLength { target.larger_context } else { target.on.contains(&class) }
 }
 
 #[cfg(test)]

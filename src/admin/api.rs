@@ -9,7 +9,8 @@ use axum::extract::State;
 use schemars::JsonSchema;
 use serde::Serialize;
 use tollgate_filters::model::Model;
-use tollgate_filters::upstream::{Node, Upstream};
+use tollgate_filters::retry::Admits;
+use tollgate_filters::upstream::{Credential, Node, Upstream};
 
 use super::{Admin, is_up};
 use crate::runtime::{Callee, Lane, Route};
@@ -67,10 +68,23 @@ struct UpstreamState {
     dialect: &'static str,
     /// How a node is chosen.
     balance: &'static str,
-    /// Labels of its credentials, never the credentials themselves.
-    credentials: Vec<String>,
+    /// Its credentials by their labels, never the credentials themselves.
+    credentials: Vec<CredentialState>,
     /// Its nodes.
     nodes: Vec<NodeState>,
+}
+
+/// A credential and how it does.
+#[derive(Debug, Serialize, JsonSchema)]
+struct CredentialState {
+    /// Upstream and place, like `openai#0`.
+    name: String,
+    /// Its share relative to the other credentials.
+    weight: u32,
+    /// `ready`; `resting` after a 429, or `refused` after 401 or 403, until its rest is over.
+    state: &'static str,
+    /// Seconds until it is used again; 0 if it is in use.
+    rests_for: f64,
 }
 
 /// A node and how it does.
@@ -82,6 +96,10 @@ struct NodeState {
     weight: u32,
     /// Whether it is given calls.
     up: bool,
+    /// Whether it was taken out because its attempts failed.
+    ejected: bool,
+    /// Seconds until it may be tried again; 0 if it is in use.
+    rests_for: f64,
     /// Calls that it is answering now.
     inflight: u64,
     /// Attempts since the gateway started.
@@ -164,8 +182,8 @@ pub(super) async fn status(State(admin): State<Admin>) -> Json<Status> {
 }
 
 pub(super) async fn upstreams(State(admin): State<Admin>) -> Json<Upstreams> {
-    let runtime = admin.gateway.live.load();
-    Json(Upstreams { upstreams: runtime.upstreams.values().map(|upstream| UpstreamState::of(upstream)).collect() })
+    let (runtime, now) = (admin.gateway.live.load(), admin.gateway.now());
+    Json(Upstreams { upstreams: runtime.upstreams.values().map(|upstream| UpstreamState::of(upstream, now)).collect() })
 }
 
 pub(super) async fn routes(State(admin): State<Admin>) -> Json<Routes> {
@@ -179,11 +197,13 @@ pub(super) async fn models(State(admin): State<Admin>) -> Json<Models> {
 }
 
 impl UpstreamState {
-    fn of(upstream: &Upstream) -> Self {
+    fn of(upstream: &Upstream, now: Duration) -> Self {
         let node = |node: &Arc<Node>| NodeState {
             name: node.name.to_string(),
             weight: node.weight,
-            up: is_up(upstream, node),
+            up: is_up(node, now),
+            ejected: node.state.ejected.admits(now) != Admits::Freely,
+            rests_for: rests_for(node.state.admits(now), now),
             inflight: u64::from(node.state.inflight()),
             attempts: node.state.attempts(),
             failures: node.state.failures(),
@@ -193,9 +213,29 @@ impl UpstreamState {
             name: upstream.name.to_string(),
             dialect: upstream.dialect.as_str(),
             balance: upstream.policy.name(),
-            credentials: upstream.credentials.iter().map(|credential| credential.label.to_string()).collect(),
+            credentials: upstream.credentials.iter().map(|credential| CredentialState::of(credential, now)).collect(),
             nodes: upstream.nodes.iter().map(node).collect(),
         }
+    }
+}
+
+fn rests_for(admits: Admits, now: Duration) -> f64 {
+    match admits {
+        Admits::NotBefore(until) => until.saturating_sub(now).as_secs_f64(),
+        Admits::Freely | Admits::OneCall => 0.0,
+    }
+}
+
+impl CredentialState {
+    fn of(credential: &Credential, now: Duration) -> Self {
+        let admits = credential.state.rest.admits(now);
+        let state = match admits {
+            Admits::Freely => "ready",
+            Admits::OneCall | Admits::NotBefore(_) if credential.is_refused() => "refused",
+            Admits::OneCall | Admits::NotBefore(_) => "resting",
+        };
+        let (name, weight) = (credential.label.to_string(), credential.weight);
+        Self { name, weight, state, rests_for: rests_for(admits, now) }
     }
 }
 

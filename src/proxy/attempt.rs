@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -18,7 +18,7 @@ use tollgate_filters::call::{Call, CallKind};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::meter::Meter;
 use tollgate_filters::model::Target;
-use tollgate_filters::retry::{Class, Failure, class_of_status};
+use tollgate_filters::retry::{Class, Failure, class_of_refusal, class_of_status, retry_after};
 use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::upstream::{self, Forwarded};
@@ -97,7 +97,9 @@ pub(crate) struct Answer {
     /// How long the connection may idle in the pool.
     pub idle: Duration,
     /// Counts the call on the node until it is dropped.
-    pub guard: InFlight,
+    pub guard: Option<InFlight>,
+    /// What the answer is, if it is a refusal that another target may not share.
+    pub refusal: Option<Class>,
     /// What the upstream knows of us and must not be shown.
     pub credential: Option<Credential>,
 }
@@ -110,12 +112,11 @@ pub(crate) async fn run(
     client: &mut ServerSession,
     ctx: &mut Ctx,
     request: &mut Dispatch,
-    (target, node): (&Target, &Node),
+    (target, node, credential): (&Target, &Node, Option<&Credential>),
     guard: InFlight,
 ) -> Result<Box<Answer>, End> {
     let upstream = &*target.upstream;
     let body = request.body_for(ctx, target);
-    let credential = upstream.next_credential();
     let dispatched = Instant::now();
     let timeouts = upstream.timeouts;
     let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
@@ -141,7 +142,7 @@ pub(crate) async fn run(
             Err(Cut::Deadline) => {
                 return Err(End::Failed(Failure {
                     unprocessed: true,
-                    ..Failure::new(Class::Connect, "connect timeout")
+                    ..Failure::silent(Class::Connect, "connect timeout")
                 }));
             }
             Err(Cut::ClientGone) => return Err(End::ClientGone),
@@ -153,7 +154,7 @@ pub(crate) async fn run(
             // The node had closed the pooled connection before it saw the request: that is no attempt yet.
             Ok(Err(error)) if reused && !fresh && upstream::is_stale(&error) => fresh = true,
             Ok(Err(error)) => return Err(End::Failed(upstream::failure(&error))),
-            Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no response header in time")),
+            Err(Cut::Deadline) => return Err(silent(Class::Timeout, "no response header in time")),
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         }
     };
@@ -178,16 +179,25 @@ pub(crate) async fn run(
         last_token: dispatched,
         timeouts,
         idle: upstream.pool.idle,
-        guard,
+        guard: Some(guard),
+        refusal: None,
         credential: credential.cloned(),
     });
     hold(client, timer, &mut answer).await?;
     mask(&mut answer);
+    if answer.status.is_client_error() && answer.ended {
+        let body: Vec<u8> = answer.held.iter().flat_map(|part| part.iter().copied()).collect();
+        answer.refusal = class_of_refusal(answer.status.as_u16(), &body);
+    }
     Ok(answer)
 }
 
 fn failed(class: Class, detail: impl Into<String>) -> End {
     End::Failed(Failure::new(class, detail))
+}
+
+fn silent(class: Class, detail: impl Into<String>) -> End {
+    End::Failed(Failure::silent(class, detail))
 }
 
 fn meter(ctx: &Ctx, dialect: Dialect, stream: bool) -> Meter {
@@ -219,24 +229,8 @@ fn refusal(head: &ResponseHeader, with_credential: bool) -> Option<Failure> {
         return Some(Failure::new(Class::ServerError, format!("unexpected status {status}")));
     }
     let class = class_of_status(status, with_credential)?;
-    let retry_after = retry_after(head);
+    let retry_after = retry_after(&head.headers, SystemTime::now());
     Some(Failure { retry_after, ..Failure::new(class, format!("status {status}")) })
-}
-
-/// `retry-after-ms`, else `retry-after` in seconds or as a date.
-fn retry_after(head: &ResponseHeader) -> Option<Duration> {
-    let text = |name: &str| head.headers.get(name).and_then(|v| v.to_str().ok()).map(str::trim);
-    if let Some(ms) =
-        text("retry-after-ms").and_then(|v| v.parse::<f64>().ok()).filter(|ms| ms.is_finite() && *ms >= 0.0)
-    {
-        return Some(Duration::from_millis(ms.min(86_400_000.0) as u64));
-    }
-    let after = text("retry-after")?;
-    if let Some(seconds) = after.parse::<f64>().ok().filter(|s| s.is_finite() && *s >= 0.0) {
-        return Some(Duration::from_secs_f64(seconds.min(86_400.0)));
-    }
-    let date = httpdate::parse_http_date(after).ok()?;
-    Some(date.duration_since(std::time::SystemTime::now()).unwrap_or_default())
 }
 
 fn is_event_stream(head: &ResponseHeader) -> bool {
@@ -275,8 +269,8 @@ async fn hold(client: &mut ServerSession, mut timer: Pin<&mut Sleep>, answer: &m
             Ok(Err(error)) => {
                 return Err(failed(Class::ServerError, format!("broken off: {}", error.etype().as_str())));
             }
-            Err(Cut::Deadline) if answer.stream => return Err(failed(Class::FirstToken, "no token in time")),
-            Err(Cut::Deadline) => return Err(failed(Class::Timeout, "no answer in time")),
+            Err(Cut::Deadline) if answer.stream => return Err(silent(Class::FirstToken, "no token in time")),
+            Err(Cut::Deadline) => return Err(silent(Class::Timeout, "no answer in time")),
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         };
         answer.ended = chunk.is_none();
@@ -360,18 +354,6 @@ mod tests {
             head.insert_header(*name, *value).unwrap();
         }
         head
-    }
-
-    #[test]
-    fn milliseconds_win_over_seconds_and_dates_are_read() {
-        assert_eq!(
-            retry_after(&head(429, &[("retry-after", "3"), ("retry-after-ms", "250")])),
-            Some(Duration::from_millis(250))
-        );
-        assert_eq!(retry_after(&head(429, &[("retry-after", "1.5")])), Some(Duration::from_millis(1500)));
-        assert_eq!(retry_after(&head(429, &[("retry-after", "Thu, 01 Jan 1970 00:00:00 GMT")])), Some(Duration::ZERO));
-        assert_eq!(retry_after(&head(429, &[("retry-after", "-3")])), None);
-        assert_eq!(retry_after(&head(429, &[])), None);
     }
 
     #[test]

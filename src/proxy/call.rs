@@ -1,22 +1,23 @@
 //! The call lane: one parsed call, one reservation, attempt after attempt until an answer stands.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use pingora_core::protocols::http::ServerSession;
-use smallvec::SmallVec;
 use tokio::time::Instant;
-use tollgate_filters::balance::{self, Candidate, Marks};
+use tollgate_filters::balance::Marks;
 use tollgate_filters::call::{Call, CallKind};
+use tollgate_filters::course::{Chosen, Course, Step};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
 use tollgate_filters::metrics::Attempted;
-use tollgate_filters::model::{Model, Target};
+use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure};
-use tollgate_filters::upstream::{InFlight, Node, Upstream};
+use tollgate_filters::upstream::{Credential, Node, Upstream};
 
-use super::attempt::{self, Dispatch, End};
+use super::attempt::{self, Answer, Dispatch, End};
 use super::{Ctx, body, relay, reply};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
@@ -31,8 +32,10 @@ pub(crate) enum Outcome {
     Answered,
     /// The client left before the end.
     ClientGone,
-    /// The answer broke off after its beginning had been sent.
+    /// The answer broke off after its beginning had been sent, by the upstream's fault.
     BrokenOff,
+    /// We cut the answer as the process ends.
+    CutOff,
 }
 
 /// Serves a call from its body to the end of its answer.
@@ -96,131 +99,167 @@ async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
     tokio::task::spawn_blocking(move || Call::parse(kind, dialect, &body)).await.map_err(|_| GatewayError::Internal)?
 }
 
-/// A node that takes the next attempt.
-struct Chosen {
-    index: usize,
+/// How an attempt, or a wait between two, ended the call without an answer of an upstream.
+enum Stop {
+    /// Nothing more to try; this is what the client gets.
+    Refuse(GatewayError),
+    /// The client left.
+    ClientGone,
+}
+
+/// An answer to relay, and where it comes from.
+struct Won {
+    answer: Box<Answer>,
     target: Target,
     node: Arc<Node>,
-    guard: InFlight,
-}
-
-/// A node that was asked, and for which target.
-struct Tried {
-    target: usize,
-    node: Arc<Node>,
-    /// It did not answer at all: it is not asked for another target either.
-    silent: bool,
-}
-
-/// Which nodes were tried, and what came of the last one.
-struct Course {
-    model: Arc<Model>,
-    tried: SmallVec<[Tried; 4]>,
-    last: Option<Failure>,
-    attempts: u32,
-}
-
-impl Course {
-    /// The next node: those not tried yet of each target in turn. A target goes on to its other nodes whatever
-    /// happened; `on` decides whether the next target follows.
-    fn next(&self, marks: Marks) -> Option<Chosen> {
-        let current = self.tried.last().map_or(0, |tried| tried.target);
-        let may_follow = |target: &Target| self.last.as_ref().is_none_or(|failure| target.on.contains(&failure.class));
-        let targets = self.model.targets.iter().enumerate().skip(current);
-        targets
-            .filter(|(index, target)| *index == current || may_follow(target))
-            .find_map(|(index, _)| self.pick(index, marks))
-    }
-
-    fn was_tried(&self, target: usize, node: &Arc<Node>) -> bool {
-        self.tried.iter().any(|tried| Arc::ptr_eq(&tried.node, node) && (tried.target == target || tried.silent))
-    }
-
-    fn pick(&self, index: usize, marks: Marks) -> Option<Chosen> {
-        let target = self.model.targets.get(index)?;
-        let upstream = &target.upstream;
-        let mut nodes: SmallVec<[&Arc<Node>; 16]> =
-            upstream.nodes.iter().filter(|n| n.weight > 0 && !self.was_tried(index, n)).collect();
-        while !nodes.is_empty() {
-            let candidates: SmallVec<[Candidate; 16]> = nodes
-                .iter()
-                .map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed })
-                .collect();
-            let chosen = balance::pick(upstream.policy, &candidates, marks)?;
-            let node = Arc::clone(nodes.get(chosen)?);
-            if let Some(guard) = node.state.try_enter(upstream.pool.concurrency) {
-                return Some(Chosen { index, target: target.clone(), node, guard });
-            }
-            nodes.remove(chosen);
-        }
-        None
-    }
+    credential: Option<Credential>,
 }
 
 async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
-    let retry = model.retry;
-    let mut course = Course { model, tried: SmallVec::new(), last: None, attempts: 0 };
+    let mut course = Course::new(model, ctx.gateway.now());
     let mut request = Dispatch::new(client, ctx, body, share);
+    let won = win(client, ctx, &mut course, &mut request).await;
+    // Nothing is sent again from here on: the body need not be held while the answer streams.
+    drop(request);
+    match won {
+        Ok(won) => relay_on(client, ctx, won).await,
+        Err(Stop::ClientGone) => Outcome::ClientGone,
+        Err(Stop::Refuse(error)) => {
+            if let Some(reservation) = &mut ctx.exchange.reservation {
+                reservation.failed();
+            }
+            refuse(client, ctx, &error).await
+        }
+    }
+}
+
+/// Attempt after attempt until one brings an answer.
+async fn win(
+    client: &mut ServerSession,
+    ctx: &mut Ctx,
+    course: &mut Course,
+    request: &mut Dispatch,
+) -> std::result::Result<Won, Stop> {
     let marks = marks(ctx);
-    while course.attempts < retry.attempts {
-        let Some(chosen) = course.next(marks) else { break };
-        course.attempts += 1;
-        note(ctx, &course, &chosen);
-        let Chosen { index, target, node, guard } = chosen;
+    // A refusal that a further target might not share; it is passed on if that target fails too.
+    let mut kept: Option<Won> = None;
+    loop {
+        let chosen = match course.next(ctx.gateway.now(), marks, rand::random()) {
+            Step::Attempt(chosen) => *chosen,
+            Step::Wait(wait) => {
+                pause(client, ctx, wait).await?;
+                continue;
+            }
+            Step::Over(error) => return kept.ok_or(Stop::Refuse(error)),
+        };
+        note(ctx, course, &chosen);
+        let Chosen { index, target, node, credential, guard, probes } = chosen;
         let began = Instant::now();
         let gateway = Arc::clone(&ctx.gateway);
+        let toward = (&target, &*node, credential.as_ref());
         let ended = tokio::select! {
             biased;
-            ended = attempt::run(client, ctx, &mut request, (&target, &node), guard) => ended,
+            ended = attempt::run(client, ctx, request, toward, guard) => ended,
             () = gateway.cut.wait() => {
                 ctx.exchange.tally.upstream_time += began.elapsed();
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
-                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
+                return Err(Stop::Refuse(GatewayError::Unavailable(Unavailable::Draining)));
             }
         };
         match ended {
-            Ok(answer) => {
-                let refused = answer.status.is_client_error();
-                let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
-                observe_attempt(ctx, &target.upstream, &node, outcome);
-                // Nothing is sent again from here on: the body need not be held while the answer streams.
-                drop(request);
-                return relay::run(client, ctx, answer).await;
+            Ok(mut answer) => {
+                match answer.refusal.filter(|class| course.has_taker(index, *class)) {
+                    None => {
+                        target.upstream.succeeded(&node, credential.as_ref());
+                        return Ok(Won { answer, target, node, credential });
+                    }
+                    Some(class) => {
+                        ctx.exchange.tally.upstream_time += began.elapsed();
+                        answer.guard = None;
+                        observe_attempt(ctx, &target.upstream, &node, class.into());
+                        let failure = Failure::new(class, "refused; a further target may take it");
+                        course.failed(index, &node, credential.as_ref(), failure);
+                        kept.get_or_insert(Won { answer, target, node, credential });
+                    }
+                }
             }
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
-                return Outcome::ClientGone;
+                return Err(Stop::ClientGone);
             }
             Err(End::Failed(failure)) => {
                 ctx.exchange.tally.upstream_time += began.elapsed();
-                observe_attempt(ctx, &target.upstream, &node, failure.class.into());
-                node.state.failed();
-                tracing::info!(
-                    request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*target.upstream.name, node = &*node.name,
-                    class = failure.class.as_str(), detail = %failure.detail, "attempt failed"
-                );
-                let final_word = !may_try_elsewhere(&target.upstream, &failure);
-                let silent = matches!(failure.class, Class::Connect | Class::Timeout | Class::FirstToken);
-                course.tried.push(Tried { target: index, node, silent });
-                course.last = Some(failure);
-                if final_word {
-                    break;
-                }
+                note_failure(ctx, (&target, &node, credential.as_ref()), &failure, began.elapsed());
+                course.failed(index, &node, credential.as_ref(), failure);
             }
         }
+        drop(probes);
     }
-    let error = course.last.map_or(GatewayError::Unavailable(Unavailable::NoHealthyUpstream), Failure::into_error);
-    if let Some(reservation) = &mut ctx.exchange.reservation {
-        reservation.failed();
-    }
-    refuse(client, ctx, &error).await
 }
 
-/// A Dify run must not start twice: it is tried elsewhere only if it surely did not start.
-fn may_try_elsewhere(upstream: &Upstream, failure: &Failure) -> bool {
-    upstream.dialect != Dialect::Dify || failure.unprocessed
+/// Waits before a node is asked again.
+async fn pause(client: &mut ServerSession, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
+    let gateway = Arc::clone(&ctx.gateway);
+    let ended = tokio::select! {
+        biased;
+        _ = client.read_body_or_idle(true) => Err(Stop::ClientGone),
+        () = gateway.cut.wait() => Err(Stop::Refuse(GatewayError::Unavailable(Unavailable::Draining))),
+        () = tokio::time::sleep(wait) => Ok(()),
+    };
+    ctx.exchange.tally.upstream_time += wait;
+    ended
+}
+
+/// Shows the answer; what becomes of it after its first token still tells of the node.
+async fn relay_on(client: &mut ServerSession, ctx: &mut Ctx, won: Won) -> Outcome {
+    let Won { answer, target, node, credential } = won;
+    let refused = answer.status.is_client_error();
+    let began = answer.dispatched;
+    let outcome = relay::run(client, ctx, answer).await;
+    match outcome {
+        Outcome::BrokenOff => {
+            let failure = Failure::new(Class::ServerError, "broken off after its first token");
+            let out = target.upstream.failed(&node, credential.as_ref(), &failure, ctx.gateway.now());
+            ejected(ctx, &target.upstream, &node, out);
+            observe_attempt(ctx, &target.upstream, &node, Attempted::Broken);
+        }
+        Outcome::Answered if refused => observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError),
+        Outcome::Answered => observe_attempt(ctx, &target.upstream, &node, Attempted::Ok),
+        Outcome::ClientGone | Outcome::CutOff => {
+            observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
+        }
+    }
+    tracing::debug!(
+        request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*target.upstream.name, node = &*node.name,
+        credential = credential.as_ref().map(|c| &*c.label), ended = ?outcome, took_ms = began.elapsed().as_millis(), "attempt answered"
+    );
+    outcome
+}
+
+fn note_failure(ctx: &Ctx, toward: (&Target, &Node, Option<&Credential>), failure: &Failure, took: Duration) {
+    let (target, node, credential) = toward;
+    let upstream = &*target.upstream;
+    let out = upstream.failed(node, credential, failure, ctx.gateway.now());
+    observe_attempt(ctx, upstream, node, failure.class.into());
+    tracing::info!(
+        request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*upstream.name, node = &*node.name,
+        credential = credential.map(|c| &*c.label), class = failure.class.as_str(), detail = %failure.detail,
+        took_ms = took.as_millis(), "attempt failed"
+    );
+    ejected(ctx, upstream, node, out);
+}
+
+/// Tells of a node that was taken out just now.
+fn ejected(ctx: &Ctx, upstream: &Upstream, node: &Node, out: bool) {
+    if !out {
+        return;
+    }
+    tracing::warn!(upstream = &*upstream.name, node = &*node.name, "node taken out: its attempts fail");
+    if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
+        handles.ejected();
+    }
 }
 
 fn marks(ctx: &Ctx) -> Marks {
@@ -232,12 +271,12 @@ fn marks(ctx: &Ctx) -> Marks {
 
 fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     let tally = &mut ctx.exchange.tally;
-    if let (Some(failure), Some(from)) = (&course.last, &tally.upstream)
+    if let (Some(failure), Some(from)) = (course.last(), &tally.upstream)
         && **from != *chosen.target.upstream.name
     {
-        ctx.gateway.metrics.fallback(&course.model.name, from, &chosen.target.upstream.name, failure.class.into());
+        ctx.gateway.metrics.fallback(&course.model().name, from, &chosen.target.upstream.name, failure.class.into());
     }
-    tally.attempts = course.attempts;
+    tally.attempts = course.attempts();
     tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
     tally.node = Some(Arc::clone(&chosen.node.name));
     tally.target_model = Some(Arc::clone(&chosen.target.model));

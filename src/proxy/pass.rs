@@ -16,7 +16,8 @@ use tollgate_filters::balance::{self, Candidate, Marks};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::filter::Flow;
-use tollgate_filters::upstream::{InFlight, Node, Upstream};
+use tollgate_filters::retry::{Admits, Class, Failure};
+use tollgate_filters::upstream::{InFlight, Key, Node, Upstream};
 
 use super::upstream::{Forwarded, introduce, is_gateway_header, prefixed};
 use super::{Ctx, body, intake, reply, upstream};
@@ -119,8 +120,14 @@ fn asked_host(head: &RequestHeader) -> String {
 pub(crate) fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
     let Some(passage) = &mut ctx.passage else { return Err(super::unset()) };
     let upstream = Arc::clone(&passage.upstream);
-    let nodes: Vec<&Arc<Node>> =
-        upstream.nodes.iter().filter(|n| n.weight > 0 && !passage.tried.iter().any(|t| Arc::ptr_eq(t, n))).collect();
+    let now = ctx.gateway.now();
+    let fresh = |n: &&Arc<Node>| n.weight > 0 && !passage.tried.iter().any(|t| Arc::ptr_eq(t, n));
+    // Nodes that are out are asked only when there is no other.
+    let up = |n: &&Arc<Node>| !matches!(n.state.ejected.admits(now), Admits::NotBefore(_));
+    let mut nodes: Vec<&Arc<Node>> = upstream.nodes.iter().filter(|n| fresh(n) && up(n)).collect();
+    if nodes.is_empty() {
+        nodes = upstream.nodes.iter().filter(fresh).collect();
+    }
     let candidates: Vec<Candidate> =
         nodes.iter().map(|n| Candidate { inflight: n.state.inflight(), weight: n.weight, seed: n.seed }).collect();
     let chosen = balance::pick(upstream.policy, &candidates, passage.marks).and_then(|i| nodes.get(i));
@@ -189,7 +196,13 @@ pub(crate) fn upstream_request(
     if !node.prefix.is_empty() {
         head.set_uri(prefixed(&head.uri, &node.prefix)?);
     }
-    upstream::identify(head, passage.upstream.dialect, passage.upstream.next_credential())?;
+    let credential = match passage.upstream.key(ctx.gateway.now()) {
+        Key::Use(credential, _) => Some(credential),
+        Key::None => None,
+        // A request that is passed on is the provider's to refuse.
+        Key::Resting(_) => passage.upstream.credentials.first().cloned(),
+    };
+    upstream::identify(head, passage.upstream.dialect, credential.as_ref())?;
     if passage.upstream.is_own() {
         introduce(head, &ctx.exchange, &passage.forwarded)?;
     }
@@ -202,6 +215,11 @@ pub(crate) fn upstream_request(
 /// What cannot be written as a header.
 pub(crate) fn response(head: &mut ResponseHeader, ctx: &mut Ctx) -> pingora_core::Result<()> {
     ctx.exchange.tally.status = head.status.as_u16();
+    if let Some(passage) = &ctx.passage
+        && let Some((node, _)) = &passage.current
+    {
+        passage.upstream.succeeded(node, None);
+    }
     reply::decorate(head, ctx)
 }
 
@@ -209,7 +227,12 @@ pub(crate) fn response(head: &mut ResponseHeader, ctx: &mut Ctx) -> pingora_core
 pub(crate) fn connect_failed(ctx: &mut Ctx, mut error: Box<Error>) -> Box<Error> {
     if let Some(passage) = &mut ctx.passage {
         if let Some((node, _)) = passage.current.take() {
-            node.state.failed();
+            let failure = Failure::new(Class::Connect, error.etype().as_str());
+            if passage.upstream.failed(&node, None, &failure, ctx.gateway.now())
+                && let Some(handles) = ctx.runtime.node(&passage.upstream.name, &node.name)
+            {
+                handles.ejected();
+            }
         }
         error.set_retry(passage.tried.len() < passage.upstream.nodes.iter().filter(|n| n.weight > 0).count());
     }

@@ -196,7 +196,11 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             rest
         }
         Event::Broken(detail) => return Some(break_off(client, ctx, GatewayError::UpstreamError, &detail).await),
-        Event::Late(error) => return Some(break_off(client, ctx, error, "cut at a deadline").await),
+        Event::Late(error) => {
+            let ours = matches!(error, GatewayError::Unavailable(Unavailable::Draining));
+            let outcome = break_off(client, ctx, error, "cut at a deadline").await;
+            return Some(if ours { Outcome::CutOff } else { outcome });
+        }
         Event::ClientGone => return Some(Outcome::ClientGone),
     };
     if seen.token || seen.done {

@@ -230,5 +230,12 @@ pub(crate) fn failure(error: &Error) -> Failure {
             | ErrorType::BindError
             | ErrorType::SocketError
     );
-    Failure { unprocessed, ..Failure::new(class, error.etype().as_str()) }
+    let silent = matches!(
+        error.etype(),
+        ErrorType::ConnectTimedout
+            | ErrorType::TLSHandshakeTimedout
+            | ErrorType::ReadTimedout
+            | ErrorType::WriteTimedout
+    );
+    Failure { unprocessed, silent, ..Failure::new(class, error.etype().as_str()) }
 }

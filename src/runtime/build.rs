@@ -20,7 +20,7 @@ use tollgate_filters::limit::{Limits, RuleSet, Scope};
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
-use tollgate_filters::upstream::{Credential, Node, NodeState, Pool, Timeouts, Upstream};
+use tollgate_filters::upstream::{Credential, Eject, Node, NodeState, Pool, Timeouts, Upstream};
 
 use super::{Callee, Checked, Lane, Lasting, Pass, Route, Runtime};
 use crate::config::{self, Allowed, Document, Toggle};
@@ -161,7 +161,10 @@ fn upstreams(
             if http::HeaderValue::from_str(secret.expose()).is_err() {
                 return Err(ConfigError::new(path, "the credential has characters that a header cannot carry"));
             }
-            credentials.push(Credential { label: format!("{name}#{index}").into(), secret });
+            let label: Arc<str> = format!("{name}#{index}").into();
+            let before = known.and_then(|u| u.credentials.iter().find(|c| c.secret.expose() == secret.expose()));
+            let state = before.map_or_else(Arc::default, |c| Arc::clone(&c.state));
+            credentials.push(Credential { label, secret, weight: 1, state });
         }
         let timeouts = &written.timeouts;
         let upstream = Upstream {
@@ -178,6 +181,13 @@ fn upstreams(
                 total: timeouts.total.0,
             },
             pool: Pool { idle: written.pool.idle.0, concurrency: written.pool.concurrency },
+            eject: written.eject.on().map(|eject| Eject {
+                after: eject.after,
+                period: eject.period.0,
+                max_ratio: eject.max_ratio,
+            }),
+            cooldown: written.cooldown.0.0,
+            extra: known.map_or_else(Arc::default, |u| Arc::clone(&u.extra)),
             turn: AtomicUsize::new(0),
             credential_turn: AtomicUsize::new(0),
         };
@@ -230,12 +240,18 @@ fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> B
         let targets = written.targets.iter().filter_map(|target| {
             let upstream = Arc::clone(upstreams.get(&target.upstream)?);
             let model = target.model.as_deref().unwrap_or(name).into();
-            Some(Target { upstream, model, on: target.on.clone() })
+            let (on, larger_context, continues) = (target.on.clone(), target.larger_context, target.continues);
+            Some(Target { upstream, model, on, larger_context, continues })
         });
         let model = Arc::new(Model {
             name: name.as_str().into(),
             targets: targets.collect(),
-            retry: Retry { attempts: written.retry.attempts },
+            retry: Retry {
+                attempts: written.retry.attempts,
+                backoff: written.retry.backoff.0,
+                jitter: written.retry.jitter,
+                budget: written.retry.budget,
+            },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
         });
@@ -321,7 +337,13 @@ fn build_route(
 
 /// A route to one upstream has a model without a name: its calls are sent as they are.
 fn nameless(upstream: &Arc<Upstream>) -> Model {
-    let target = Target { upstream: Arc::clone(upstream), model: "".into(), on: Class::DEFAULT.to_vec() };
+    let target = Target {
+        upstream: Arc::clone(upstream),
+        model: "".into(),
+        on: Class::DEFAULT.to_vec(),
+        larger_context: false,
+        continues: false,
+    };
     Model {
         name: "".into(),
         targets: vec![target],
