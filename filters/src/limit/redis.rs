@@ -15,6 +15,8 @@ mod wire;
 
 pub(super) use wire::Wire;
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 use smallvec::SmallVec;
@@ -142,6 +144,22 @@ impl Commands {
         format!("{:x}.{:x}", self.gateway, id.0)
     }
 
+    fn rules(&self, command: &mut Cmd, plan: &Plan) {
+        for set in plan.sets() {
+            command.arg(&*wire::of(set).rules(set.zone(), || self.second()));
+        }
+    }
+
+    /// The second since the epoch, near that of the server: it only says which changes of a zone are sent.
+    fn second(&self) -> i64 {
+        #[cfg(test)]
+        if let Some(now) = &self.now {
+            return i64::try_from(now.load(std::sync::atomic::Ordering::Acquire) / 1_000_000).unwrap();
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+    }
+
     async fn run(
         &self,
         connection: &MultiplexedConnection,
@@ -175,7 +193,7 @@ impl Commands {
             keys(command, plan);
             command.arg(self.lease(asked.id)).arg(LEASE_MICROS).arg(asked.tokens.min(MOST));
             command.arg(asked.charge.min(MOST)).arg(u8::from(asked.admitted)).arg(asked.deadline);
-            rules(command, plan);
+            self.rules(command, plan);
         });
         let reply = reply.await?;
         let mut numbers = reply.iter().copied();
@@ -266,7 +284,7 @@ impl Commands {
     pub(super) async fn query(&self, connection: &MultiplexedConnection, plan: &Plan) -> RedisResult<Standings> {
         let reply = self.run(connection, &self.query, |command| {
             keys(command, plan);
-            rules(command, plan);
+            self.rules(command, plan);
         });
         let rows = wire::rows(plan, &mut reply.await?.into_iter()).ok_or_else(unexpected)?;
         Ok(Standings::new(plan.clone(), rows))
@@ -292,7 +310,7 @@ impl Commands {
             keys(command, plan);
             command.arg(format!("{PREFIX}once:{:x}.{mark:x}", self.gateway)).arg(MARKED_MS);
             command.arg(requests.min(MOST)).arg(tokens.min(MOST));
-            rules(command, plan);
+            self.rules(command, plan);
         });
         reply.await.map(|_| ())
     }
@@ -317,12 +335,6 @@ fn keys(command: &mut Cmd, plan: &Plan) {
     command.arg(2 + plan.sets().len()).arg(LEASES).arg(EXPIRY);
     for set in plan.sets() {
         command.arg(wire::of(set).key());
-    }
-}
-
-fn rules(command: &mut Cmd, plan: &Plan) {
-    for set in plan.sets() {
-        command.arg(wire::of(set).rules());
     }
 }
 

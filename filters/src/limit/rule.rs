@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::clock::Instant64;
 use super::dimension::{Dimension, Limits, Window};
 use super::redis::Wire;
+use super::zone::Zone;
 
 /// What a limit counts over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,15 +98,6 @@ impl Hash for ScopeId {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
-}
-
-/// Where a calendar day begins: seconds east of UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct Zone(pub i32);
-
-impl Zone {
-    /// Days and months of UTC, the default.
-    pub const UTC: Self = Self(0);
 }
 
 /// One limit of a scope.

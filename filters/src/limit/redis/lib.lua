@@ -5,7 +5,9 @@
 --   rolling   {total, last, n, last, n, ...}: sub-buckets by the time of their last admission, oldest first
 --   calendar  {start, end, used, held, and the same four of the period before}
 --   live      a number
--- The rules of a scope come packed as {ttl in ms, zone in s, rule...}, a rule being
+-- The rules of a scope come packed as {ttl in ms, zone, rule...}, the zone being
+--   {seconds east of UTC, from which second on other ones, which, from which second on, which...}, the changes around now,
+-- and a rule
 --   {dimension, kind (1 rolling, 2 day, 3 month, 4 live), 1 if it counts tokens, limit, window in us, 1 if shadow}
 -- A lease is {admitted, estimate, charge, 1 if expired, {{scope key, rules, grant...}...}}; a grant is the start of
 -- the calendar period that was charged. All times are microseconds of this server's clock.
@@ -90,9 +92,25 @@ local function first_day(year, month)
     + floor((153 * from_march + 2) / 5) - 719468
 end
 
+-- The second in which a day begins: the first time that its zone writes its date, also where the clocks are changed.
+local function begin(zone, day)
+  local from
+  for i = 1, #zone, 2 do
+    local at = day * 86400 - zone[i]
+    if from and at < from then at = from end
+    from = zone[i + 1]
+    if not from or at < from then return at end
+  end
+end
+
 -- First microsecond of the day or month of that zone, and of the next.
 local function period(kind, zone)
-  local day = floor((floor(now / 1000000) + zone) / 86400)
+  local second, offset = floor(now / 1000000), zone[1]
+  for i = 2, #zone, 2 do
+    if zone[i] <= second then offset = zone[i + 1] end
+  end
+  local day = floor((second + offset) / 86400)
+  if begin(zone, day + 1) <= second then day = day + 1 end
   local first, following = day, day + 1
   if kind == 3 then
     local shifted = day + 719468
@@ -107,7 +125,7 @@ local function period(kind, zone)
     first = first_day(year, month)
     if month == 12 then following = first_day(year + 1, 1) else following = first_day(year, month + 1) end
   end
-  return max(0, (first * 86400 - zone) * 1000000), max(0, (following * 86400 - zone) * 1000000)
+  return max(0, begin(zone, first) * 1000000), max(0, begin(zone, following) * 1000000)
 end
 
 -- used, held, microseconds until more is left, until all is

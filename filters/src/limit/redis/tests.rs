@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::server::Server;
 use super::*;
 use crate::limit::dimension::{Limit, Limits};
-use crate::limit::memory::model::{Subject, cases, steps};
+use crate::limit::memory::model::{Subject, cases, starts, steps};
 use crate::limit::memory::{Verdicts, clamp, model};
 use crate::limit::reservation::Estimate;
 use crate::limit::rule::{RuleSet, Scope};
@@ -116,12 +116,12 @@ proptest! {
     #![proptest_config(cases(200))]
 
     #[test]
-    fn redis_answers_as_the_memory_does_and_as_the_log_does(steps in steps(true)) {
+    fn redis_answers_as_the_memory_does_and_as_the_log_does(start in starts(), steps in steps(true)) {
         static SERVER: std::sync::OnceLock<Arc<Server>> = std::sync::OnceLock::new();
         let server = SERVER.get_or_init(|| Arc::new(Server::start()));
         let remote = Remote::to(server);
         remote.epoch();
-        model::both_answer_alike(&remote, steps)?;
+        model::both_answer_alike(&remote, start, steps)?;
     }
 }
 
