@@ -20,7 +20,7 @@ use tollgate_filters::route::Router;
 use tollgate_filters::upstream::Upstream;
 
 use crate::config::{Allowed, Cidr, Document};
-pub(crate) use build::build;
+pub(crate) use build::{build, elsewhere};
 
 /// A configuration at work.
 pub(crate) struct Runtime {

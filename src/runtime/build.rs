@@ -9,13 +9,14 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use http::Method;
 use http::header::HeaderName;
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::auth::{Auth, AuthConfig, Caller, Elsewhere, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
-use tollgate_filters::limit::{Limits, RuleSet, Scope, Zone};
+use tollgate_filters::limit::{Limits, RuleSet, Scope};
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
@@ -38,15 +39,8 @@ pub(crate) fn build(
 ) -> Built<Runtime> {
     let document = checked.document;
     let generation = before.map_or(1, |b| b.generation + 1);
-    let elsewhere = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys).map(|keyring| Elsewhere {
-        keyring: Arc::clone(keyring),
-        tiers: document
-            .tiers
-            .iter()
-            .map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)))
-            .collect(),
-        generation,
-    });
+    let keyring = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys);
+    let elsewhere = keyring.map(|keyring| elsewhere(document, Arc::clone(keyring), generation));
     let keys = Arc::new(keys(document, world)?.and(elsewhere));
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));
     let deps = Deps {
@@ -99,12 +93,20 @@ fn own(name: &str, deps: &Deps, chain: Chain) -> Route {
     }
 }
 
+/// The keys that are not in the document, with the tiers that are in it.
+pub(crate) fn elsewhere(document: &Document, keyring: Arc<Keyring>, generation: u64) -> Elsewhere {
+    let tiers = document.tiers.iter().map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)));
+    Elsewhere { keyring, tiers: tiers.collect(), generation }
+}
+
 fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
     let mut all = Vec::with_capacity(document.keys.len());
     for (index, key) in document.keys.iter().enumerate() {
         let hash = key_hash(key, world).map_err(|why| ConfigError::new(format!("keys[{index}]"), why))?;
         let tier = key.tier.as_ref().and_then(|name| document.tiers.get(name));
         let limits = tier.map(|t| t.limits.clone()).unwrap_or_default().overridden(&key.limits);
+        let zone =
+            key.zone().ok_or_else(|| ConfigError::new(format!("keys[{index}].zone"), "there is no such zone"))?;
         let caller = Caller {
             id: key.id.as_str().into(),
             tier: key.tier.as_deref().map(Into::into),
@@ -112,9 +114,7 @@ fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
             routes: names(&key.routes),
             expires: key.expires.as_ref().map(|t| u64::try_from(t.0.unix_timestamp()).unwrap_or(0)),
             rules: Arc::new(
-                RuleSet::new(Scope::Key, &key.id, &limits)
-                    .in_zone(Zone(key.utc_offset.0))
-                    .when_down(tier.and_then(|t| t.when_down)),
+                RuleSet::new(Scope::Key, &key.id, &limits).in_zone(zone).when_down(tier.and_then(|t| t.when_down)),
             ),
         };
         all.push((hash, Arc::new(caller)));

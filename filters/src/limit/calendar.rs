@@ -263,7 +263,8 @@ mod tests {
     fn in_every_zone_days_and_months_follow_each_other_without_gap_and_begin_where_the_calendar_says() {
         let begin = jiff::civil::date(2024, 1, 1);
         for name in Zone::names() {
-            let (zone, known) = (Zone::named(&name).unwrap(), jiff::tz::TimeZoneDatabase::bundled().get(&name).unwrap());
+            let (zone, known) =
+                (Zone::named(&name).unwrap(), jiff::tz::TimeZoneDatabase::bundled().get(&name).unwrap());
             let midnight = |date: jiff::civil::Date| {
                 let begin = date.at(12, 0, 0, 0).to_zoned(known.clone()).unwrap().start_of_day().unwrap();
                 u64::try_from(begin.timestamp().as_second()).unwrap() * SECOND

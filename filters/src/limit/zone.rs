@@ -50,6 +50,20 @@ impl fmt::Debug for Zone {
     }
 }
 
+/// As it is written in a configuration: `Europe/Berlin`, `+08:00`, `UTC`.
+impl fmt::Display for Zone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(0) => f.write_str("UTC"),
+            Self::Fixed(offset) => {
+                let (sign, minutes) = (if *offset < 0 { '-' } else { '+' }, offset.unsigned_abs() / 60);
+                write!(f, "{sign}{:02}:{:02}", minutes / 60, minutes % 60)
+            }
+            Self::Named(named) => f.write_str(&named.name),
+        }
+    }
+}
+
 impl Zone {
     /// Days and months of UTC, the default.
     pub const UTC: Self = Self::Fixed(0);
@@ -91,10 +105,9 @@ impl Named {
         // The database does not mind the case of a name; a configuration does.
         zone.iana_name().filter(|known| *known == name)?;
         let epoch = Timestamp::UNIX_EPOCH;
-        let changes = zone.following(epoch).map(|change| Change {
-            at: change.timestamp().as_second(),
-            offset: change.offset().seconds(),
-        });
+        let changes = zone
+            .following(epoch)
+            .map(|change| Change { at: change.timestamp().as_second(), offset: change.offset().seconds() });
         Some(Self {
             name: name.into(),
             first: zone.to_offset(epoch).seconds(),
@@ -135,5 +148,7 @@ mod tests {
         assert_eq!(berlin.from(0).0, 3_600);
         assert_eq!(berlin.from(secs("2199-07-01T00:00:00Z")).0, 7_200);
         assert_eq!(Zone::Fixed(-3_600).from(change), (-3_600, &[][..]));
+        let written = [berlin, Zone::UTC, Zone::Fixed(28_800), Zone::Fixed(-19_800)].map(|zone| zone.to_string());
+        assert_eq!(written, ["Europe/Berlin", "UTC", "+08:00", "-05:30"]);
     }
 }

@@ -488,7 +488,11 @@ fn told(verdicts: &Verdicts) -> String {
 }
 
 /// Runs the same steps through the memory and another store, and wants the same answers, to the last figure.
-pub(in crate::limit) fn both_answer_alike(other: &impl Subject, start: u64, steps: Vec<Step>) -> Result<(), TestCaseError> {
+pub(in crate::limit) fn both_answer_alike(
+    other: &impl Subject,
+    start: u64,
+    steps: Vec<Step>,
+) -> Result<(), TestCaseError> {
     let mut run = Run::new(start);
     prop_assert_eq!(other.ttl(), TTL);
     let plans = plans();
