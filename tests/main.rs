@@ -13,6 +13,7 @@ mod cancel;
 mod cli;
 mod fallback;
 mod itself;
+mod keys;
 mod limits;
 mod models;
 mod pass;

@@ -442,3 +442,55 @@ fn fresh() -> Secret {
         text
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caller(record: &Record) -> std::result::Result<Caller, String> {
+        Err(format!("{} is not asked for", record.id))
+    }
+
+    async fn nowhere() -> Arc<Keyring> {
+        Keyring::start(&Secret::new("redis+unix:///nowhere.sock"), Duration::from_millis(50)).await.unwrap()
+    }
+
+    fn known(keyring: &Keyring, key: &str, at: Instant) {
+        let rules = crate::limit::RuleSet::new(crate::limit::Scope::Key, "dora", &Limits::default());
+        let caller =
+            Caller { id: "dora".into(), tier: None, models: None, routes: None, expires: None, rules: Arc::new(rules) };
+        let record = Some(Record { id: "dora".to_owned(), ..Record::default() });
+        let seen = Seen { at, record, made: Some((1, Arc::new(caller))) };
+        keyring.seen.lock().insert(hash_key(key.as_bytes()), seen);
+    }
+
+    #[tokio::test]
+    async fn a_key_is_believed_for_thirty_seconds_and_for_longer_only_while_nobody_can_be_asked() {
+        let (keyring, begin) = (nowhere().await, Instant::now());
+        known(&keyring, "secret", begin);
+        let hash = hash_key(b"secret");
+        let known = |after: u64, generation, away| {
+            let now = begin + Duration::from_secs(after);
+            keyring.known(&hash, generation, now, away).map(|found| found.is_ok())
+        };
+        assert_eq!((known(29, 1, false), known(30, 1, false)), (Some(true), None));
+        assert_eq!((known(599, 1, true), known(600, 1, true)), (Some(true), None));
+        // Another configuration has other tiers: it is asked for anew.
+        assert_eq!(known(0, 2, false), None);
+    }
+
+    #[tokio::test]
+    async fn what_was_revoked_or_may_have_been_is_not_believed() {
+        let (keyring, begin) = (nowhere().await, Instant::now());
+        known(&keyring, "secret", begin);
+        known(&keyring, "other", begin);
+        keyring.forget(&hex(&hash_key(b"secret")));
+        assert!(keyring.known(&hash_key(b"secret"), 1, begin, true).is_none());
+        assert!(keyring.known(&hash_key(b"other"), 1, begin, false).is_some());
+        keyring.doubt();
+        assert!(keyring.known(&hash_key(b"other"), 1, begin, false).is_none());
+        // It is asked for; as nobody answers, it is believed after all.
+        assert_eq!(&*keyring.find(b"other", 1, caller).await.unwrap().id, "dora");
+        assert!(matches!(keyring.find(b"secret", 1, caller).await, Err(GatewayError::StoreUnavailable)));
+    }
+}

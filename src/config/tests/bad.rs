@@ -249,7 +249,10 @@ fn keys_are_checked_against_everything_they_refer_to() {
   - { id: d, key: { env: A }, models: [], expires: 2020-01-01 }
   - { id: e, key: { env: A }, expires: soon, utc_offset: Berlin }
   - { key: { env: B } }
-  - { id: 'a b', key: { file: /etc/x y } }"##,
+  - { id: 'a b', key: { file: /etc/x y } }
+  - { id: f, key: { env: B }, zone: Europe/Berlim }
+  - { id: g, key: { env: C }, zone: berlin, utc_offset: +01:00 }
+  - { id: h, key: { env: D }, zone: moon }"##,
         r##"5:22 not a SHA-256: it has 64 hex digits | printf %s KEY | sha256sum
 6:11 duplicate key id `a` | it is already the id of the key at line 5
 6:39 both `key` and `sha256` | keep one of them
