@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de};
+use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tollgate_filters::auth::keyring::{KeyError, Record};
@@ -124,6 +125,19 @@ impl Names {
 }
 
 impl NewKey {
+    /// Reads it from JSON.
+    ///
+    /// # Errors
+    /// What is wrong with the text, and where.
+    pub(crate) fn read(text: &[u8]) -> serde_json::Result<Self> {
+        // The words of a struct could be given as a list without their names: nobody means that.
+        let value: Value = serde_json::from_slice(text)?;
+        if !value.is_object() || value.get("limits").is_some_and(|limits| !limits.is_object()) {
+            return Err(de::Error::custom("invalid type: a key is told as an object, and its limits are another"));
+        }
+        serde_json::from_slice(text)
+    }
+
     /// The record of this key; `random` names it if nobody did.
     ///
     /// # Errors
@@ -277,7 +291,7 @@ mod tests {
     }
 
     fn record(json: &str) -> Result<Record, KeyError> {
-        let wanted: NewKey = serde_json::from_str(json).map_err(|error| KeyError::Unusable(error.to_string()))?;
+        let wanted = NewKey::read(json.as_bytes()).map_err(|error| KeyError::Unusable(error.to_string()))?;
         wanted.record(&names(), 0xbeef, datetime!(2026-11-21 00:00 UTC))
     }
 
@@ -313,6 +327,9 @@ mod tests {
             (r#"{"limits":{"requests":5}}"#, "unknown field"),
             (r#"{"limits":{"requests_per_minute":-5}}"#, "never negative"),
             (r#"{"key":"my-own"}"#, "unknown field"),
+            (r#"{"limits":[5]}"#, "invalid type"),
+            (r#"["dora"]"#, "invalid type"),
+            (r#"{"id":"a","id":"b"}"#, "duplicate field"),
         ] {
             let why = record(json).unwrap_err().to_string();
             assert!(why.contains(words), "{json}: {why}");

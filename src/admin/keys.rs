@@ -82,10 +82,12 @@ pub(super) async fn create(
         Ok(body) => body,
         Err(why) => return error(why.status(), "invalid_request", why.body_text()),
     };
-    let wanted: NewKey = match serde_json::from_slice(&body) {
+    let wanted = match NewKey::read(&body) {
         Ok(wanted) => wanted,
-        Err(why) if why.is_data() => return error(StatusCode::BAD_REQUEST, "invalid_request", why.to_string()),
-        Err(why) => return error(StatusCode::BAD_REQUEST, "invalid_json", why.to_string()),
+        Err(why) => {
+            let code = if why.is_data() { "invalid_request" } else { "invalid_json" };
+            return error(StatusCode::BAD_REQUEST, code, why.to_string());
+        }
     };
     let runtime = admin.gateway.live.load_full();
     let Some(elsewhere) = runtime.keys.elsewhere() else { return nowhere() };

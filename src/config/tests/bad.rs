@@ -250,9 +250,9 @@ fn keys_are_checked_against_everything_they_refer_to() {
   - { id: e, key: { env: A }, expires: soon, utc_offset: Berlin }
   - { key: { env: B } }
   - { id: 'a b', key: { file: /etc/x y } }
-  - { id: f, key: { env: B }, zone: Europe/Berlim }
-  - { id: g, key: { env: C }, zone: berlin, utc_offset: +01:00 }
-  - { id: h, key: { env: D }, zone: moon }"##,
+  - { id: f, zone: Europe/Berlim, sha256: 1111111111111111111111111111111111111111111111111111111111111111 }
+  - { id: g, zone: berlin, utc_offset: "+01:00", sha256: 2222222222222222222222222222222222222222222222222222222222222222 }
+  - { id: h, zone: moon, sha256: 3333333333333333333333333333333333333333333333333333333333333333 }"##,
         r##"5:22 not a SHA-256: it has 64 hex digits | printf %s KEY | sha256sum
 6:11 duplicate key id `a` | it is already the id of the key at line 5
 6:39 both `key` and `sha256` | keep one of them
@@ -268,7 +268,11 @@ fn keys_are_checked_against_everything_they_refer_to() {
 9:58 "Berlin" is not a distance from UTC; write it like +08:00 or -05:30
 10:5 `id` is missing
 11:11 "a b" is not a name for a key | letters, digits and . _ : / - after a letter or digit, at most 128
-11:18 no client could send this key in a header | a key is of visible ASCII characters without spaces"##,
+11:18 no client could send this key in a header | a key is of visible ASCII characters without spaces
+12:19 there is no zone `Europe/Berlim` | did you mean `Europe/Berlin`?
+13:19 there is no zone `berlin` | did you mean `Europe/Berlin`?
+13:39 both `zone` and `utc_offset` | keep `zone`; it knows when the clocks are changed
+14:19 there is no zone `moon` | names are those of the tz database, like `Europe/Berlin`"##,
     );
 }
 
