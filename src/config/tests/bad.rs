@@ -269,10 +269,10 @@ fn keys_are_checked_against_everything_they_refer_to() {
 10:5 `id` is missing
 11:11 "a b" is not a name for a key | letters, digits and . _ : / - after a letter or digit, at most 128
 11:18 no client could send this key in a header | a key is of visible ASCII characters without spaces
-12:19 there is no zone `Europe/Berlim` | did you mean `Europe/Berlin`?
-13:19 there is no zone `berlin` | did you mean `Europe/Berlin`?
-13:39 both `zone` and `utc_offset` | keep `zone`; it knows when the clocks are changed
-14:19 there is no zone `moon` | names are those of the tz database, like `Europe/Berlin`"##,
+12:20 there is no zone `Europe/Berlim` | did you mean `Europe/Berlin`?
+13:20 there is no zone `berlin` | did you mean `Europe/Berlin`?
+13:40 both `zone` and `utc_offset` | keep `zone`; it knows when the clocks are changed
+14:20 there is no zone `moon` | names are those of the tz database, like `Europe/Berlin`"##,
     );
 }
 
