@@ -488,7 +488,7 @@ mod tests {
         assert!(keyring.known(&hash_key(b"secret"), 1, begin, true).is_none());
         assert!(keyring.known(&hash_key(b"other"), 1, begin, false).is_some());
         keyring.doubt();
-        assert!(keyring.known(&hash_key(b"other"), 1, begin, false).is_none());
+        assert!(keyring.known(&hash_key(b"other"), 1, Instant::now(), false).is_none());
         // It is asked for; as nobody answers, it is believed after all.
         assert_eq!(&*keyring.find(b"other", 1, caller).await.unwrap().id, "dora");
         assert!(matches!(keyring.find(b"secret", 1, caller).await, Err(GatewayError::StoreUnavailable)));
