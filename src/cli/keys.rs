@@ -144,8 +144,7 @@ enum Done {
 async fn act(act: &Act, document: &Document, world: &dyn World) -> Result<Done, String> {
     let redis =
         document.store.redis.as_ref().ok_or("keys are kept in Redis, and the configuration has no `store.redis`")?;
-    let url = redis.url.resolve(world).map_err(|why| format!("store.redis.url: {why}"))?;
-    let keyring: Arc<Keyring> = Keyring::start(&url, PATIENCE).await?;
+    let keyring: Arc<Keyring> = Keyring::start(&redis.address(world)?, PATIENCE).await;
     match act {
         Act::Create(create) => {
             let record = create.record(document)?;

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
+use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, RedisResult};
 
 use super::{Beat, Commands};
 use crate::limit::watch::Watch;
+use crate::store::{Address, Connection, is_useless};
 
-/// How long a connection may take, and a probe over it.
+/// How long a probe may take over a connection that is there.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// Failures in a row after which the store counts as away.
 const IN_A_ROW: u32 = 5;
@@ -68,8 +69,8 @@ impl Breaker {
 
 /// One connection, made anew when it fails.
 pub(super) struct Link {
-    client: redis::Client,
-    connection: ArcSwapOption<MultiplexedConnection>,
+    address: Address,
+    connection: ArcSwapOption<Connection>,
     pub(super) breaker: Breaker,
     pub(super) commands: Commands,
     pub(super) budget: Duration,
@@ -83,7 +84,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(
-        client: redis::Client,
+        address: Address,
         commands: Commands,
         budget: Duration,
         replicas: u32,
@@ -92,7 +93,7 @@ impl Link {
         let breaker = Breaker::default();
         breaker.trip();
         Self {
-            client,
+            address,
             connection: ArcSwapOption::empty(),
             breaker,
             commands,
@@ -140,8 +141,7 @@ impl Link {
     {
         let connection = self.connection.load_full()?;
         let begin = Instant::now();
-        let outcome =
-            tokio::time::timeout(patience, ask(&self.commands, MultiplexedConnection::clone(&connection))).await;
+        let outcome = tokio::time::timeout(patience, ask(&self.commands, connection.commands())).await;
         self.watch.store_took(op, begin.elapsed());
         let error = match outcome {
             Ok(Ok(answer)) => {
@@ -151,9 +151,10 @@ impl Link {
             Ok(Err(error)) => Some(error),
             Err(_) => None,
         };
-        let lost = error.as_ref().is_some_and(|error| error.is_connection_dropped() || error.is_io_error());
-        let opened = if lost { self.breaker.trip() } else { self.breaker.failed() };
-        if lost {
+        let useless = error.as_ref().is_some_and(is_useless);
+        let opened = if useless { self.breaker.trip() } else { self.breaker.failed() };
+        if useless {
+            // The next one may lead to another server: the master that took over.
             self.connection.store(None);
         }
         if opened {
@@ -173,9 +174,9 @@ impl Link {
     pub(super) async fn probe(&self) -> Result<(), String> {
         let connection = match self.connection.load_full() {
             Some(connection) => connection,
-            None => Arc::new(self.connect().await?),
+            None => Arc::new(self.address.connect().await?),
         };
-        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection, rand::random::<u64>() >> 12)).await {
+        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection.commands(), rand::random::<u64>() >> 12)).await {
             Ok(Ok(beat)) => {
                 self.heard(beat);
                 self.connection.store(Some(connection));
@@ -196,19 +197,6 @@ impl Link {
         self.offset.store(beat.now.saturating_sub(self.elapsed()), Ordering::Release);
         self.gateways.store(beat.gateways.max(1), Ordering::Release);
         self.epoch.store(beat.epoch, Ordering::Release);
-    }
-
-    async fn connect(&self) -> Result<MultiplexedConnection, String> {
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(PATIENCE))
-            .set_response_timeout(Some(Duration::from_secs(1)))
-            .set_pipeline_buffer_size(2_048);
-        let connect = self.client.get_multiplexed_async_connection_with_config(&config);
-        // The time for the connection does not cover what is said on it first.
-        match tokio::time::timeout(2 * PATIENCE, connect).await {
-            Ok(connection) => connection.map_err(|error| error.to_string()),
-            Err(_) => Err("it does not answer".to_owned()),
-        }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::limit::reservation::Estimate;
 use crate::limit::rule::{Plan, ScopeId, WhenDown};
 use crate::limit::standing::Standings;
 use crate::limit::watch::Watch;
+use crate::store::Address;
 
 mod keep;
 mod refused;
@@ -40,8 +41,8 @@ const SHARDS: usize = 16;
 /// Where the counters of several gateways are.
 #[derive(Debug, Clone)]
 pub struct RedisOptions {
-    /// Address with password: `redis://`, `rediss://` or `unix://`.
-    pub url: crate::config::Secret,
+    /// Where it is.
+    pub address: Address,
     /// Longest wait for an answer that a call waits for.
     pub timeout: Duration,
     /// What happens to calls while the store is away.
@@ -153,14 +154,9 @@ pub(in crate::limit) struct Shared {
 
 impl Shared {
     /// Connects, and looks after the connection from then on. A store that is away now may come later.
-    ///
-    /// # Errors
-    /// An address that is none.
-    pub(in crate::limit) async fn start(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Arc<Self>, String> {
-        let client = redis::Client::open(options.url.expose())
-            .map_err(|_| "store.redis.url is not an address of Redis".to_owned())?;
+    pub(in crate::limit) async fn start(options: &RedisOptions, watch: Arc<dyn Watch>) -> Arc<Self> {
         let commands = Commands::new(rand::random());
-        let link = Link::new(client, commands, options.timeout, options.replicas, watch);
+        let link = Link::new(options.address.clone(), commands, options.timeout, options.replicas, watch);
         let shared = Arc::new(Self {
             outage: ArcSwap::from_pointee(Outage::new(link.gateways())),
             link,
@@ -178,7 +174,7 @@ impl Shared {
             lost: AtomicU64::new(0),
         });
         keep::start(&shared).await;
-        Ok(shared)
+        shared
     }
 
     fn now(&self) -> Instant64 {
@@ -194,6 +190,7 @@ impl Shared {
             return Ok(self.enter(live, tokens, Standings::default()));
         }
         if let Some((refusal, standings)) = self.refused.find(plan, tokens, Instant::now()) {
+            self.link.watch.refused_again();
             return Ok(Answer::Refused(refusal, standings));
         }
         if self.link.breaker.is_open() {
