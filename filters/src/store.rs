@@ -362,7 +362,7 @@ mod tests {
             ("redis://0.0.0.0", "listen on"),
             ("redis+sentinel://u:hidden@a,b", "master's name"),
             ("redis+sentinel://u:hidden@a,b/", "master's name"),
-            ("redis+sentinel://u:hidden@a,,b/main", "cannot be read"),
+            ("redis+sentinel://u:hidden@a,,b/main", "no host"),
             ("redis+sentinel://u:hidden@a/main/five", "not a number"),
         ];
         for (url, expected) in cases {

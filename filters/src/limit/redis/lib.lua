@@ -90,9 +90,9 @@ local function first_day(year, month)
     + floor((153 * from_march + 2) / 5) - 719468
 end
 
--- First microsecond of the day or month of that zone, and of the next.
-local function period(kind, zone)
-  local day = floor((floor(now / 1000000) + zone) / 86400)
+-- First microsecond of the day or month of that time in that zone, and of the next.
+local function period(kind, zone, at)
+  local day = floor((floor(at / 1000000) + zone) / 86400)
   local first, following = day, day + 1
   if kind == 3 then
     local shifted = day + 719468
@@ -129,7 +129,7 @@ local function reading(counter, rule, zone)
   elseif counter and now < counter[2] then
     return counter[3], counter[4], counter[2] - now, counter[2] - now
   end
-  local _, ending = period(kind, zone)
+  local _, ending = period(kind, zone, now)
   return 0, 0, ending - now, ending - now
 end
 
@@ -164,26 +164,42 @@ local function open(state, rule, zone)
     counter = counter or 0
   elseif not counter or now >= counter[2] then
     local old = counter or {0, 0, 0, 0}
-    local start, ending = period(kind, zone)
+    local start, ending = period(kind, zone, now)
     counter = {start, ending, 0, 0, old[1], old[2], old[3], old[4]}
   end
   state[3][rule[1]] = counter
   return counter
 end
 
--- Charges n requests, or the tokens of one: held where the period has holds, else prepaid. Gives the grant.
-local function take(state, rule, zone, n, hold)
+-- Where the period of that time begins in an open counter of a calendar: 1 the present one, 5 the one before, which is
+-- made if nothing was known of it; nil if it is older. Then when the period started.
+local function place(counter, kind, zone, at)
+  if at >= counter[1] then return 1, counter[1] end
+  if at >= counter[5] and at < counter[6] then return 5, counter[5] end
+  local start, ending = period(kind, zone, at)
+  if ending ~= counter[1] then return nil, start end
+  counter[5], counter[6], counter[7], counter[8] = start, ending, 0, 0
+  return 5, start
+end
+
+-- Charges n requests, or the tokens of one: held where the period has holds, else prepaid. They were admitted at that
+-- time, which may lie back if this store was away then. Gives the grant, and whether some period took them.
+local function take(state, rule, zone, n, hold, at)
   local counter, kind = open(state, rule, zone), rule[2]
   if kind == 1 then
-    put(counter, rule[5], now, n)
+    local _, found = find(counter, rule[5], at)
+    if found or at + rule[5] > now then put(counter, rule[5], at, n) end
   elseif kind == 4 then
     state[3][rule[1]] = counter + n
   else
-    local field = hold and 4 or 3
-    counter[field] = counter[field] + n
-    return counter[1]
+    local first, start = place(counter, kind, zone, at)
+    if first then
+      local field = first + (hold and 3 or 2)
+      counter[field] = counter[field] + n
+    end
+    return start, first ~= nil
   end
-  return 0
+  return 0, true
 end
 
 -- Charges what the call of a lease used; gives the tokens that no period took.

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
 use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 
+use super::share::Group;
 use super::{Beat, Commands};
 use crate::limit::watch::Watch;
 use crate::store::{Address, Connection, is_useless};
@@ -79,7 +81,7 @@ pub(super) struct Link {
     /// Server's time less our own since the start, in microseconds.
     offset: AtomicU64,
     epoch: AtomicU64,
-    gateways: AtomicU64,
+    group: Mutex<Group>,
 }
 
 impl Link {
@@ -102,7 +104,7 @@ impl Link {
             started: Instant::now(),
             offset: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
-            gateways: AtomicU64::new(replicas.max(1).into()),
+            group: Mutex::new(Group::unseen(replicas.into())),
         }
     }
 
@@ -111,13 +113,24 @@ impl Link {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// How many gateways were alive when the store was last heard of.
-    pub(super) fn gateways(&self) -> u64 {
-        self.gateways.load(Ordering::Acquire)
+    /// The gateways that were alive when the store was last heard of.
+    pub(super) fn group(&self) -> Group {
+        *self.group.lock()
     }
 
     fn elapsed(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// The server's time in microseconds; this machine's as long as that is not known.
+    pub(super) fn now(&self) -> u64 {
+        match self.offset.load(Ordering::Acquire) {
+            0 => {
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+            }
+            offset => offset.saturating_add(self.elapsed()),
+        }
     }
 
     /// The server's time after which nobody waits for the answer to a question of now; 0 if its clock is not known yet.
@@ -125,7 +138,7 @@ impl Link {
         let patience = u64::try_from((self.budget + STALE).as_micros()).unwrap_or(u64::MAX);
         match self.offset.load(Ordering::Acquire) {
             0 => 0,
-            offset => offset.saturating_add(self.elapsed()).saturating_add(patience),
+            _ => self.now().saturating_add(patience),
         }
     }
 
@@ -195,7 +208,7 @@ impl Link {
 
     fn heard(&self, beat: Beat) {
         self.offset.store(beat.now.saturating_sub(self.elapsed()), Ordering::Release);
-        self.gateways.store(beat.gateways.max(1), Ordering::Release);
+        *self.group.lock() = Group::new(beat.gateways, beat.before);
         self.epoch.store(beat.epoch, Ordering::Release);
     }
 }
