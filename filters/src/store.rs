@@ -194,7 +194,8 @@ impl Address {
         let role = Connection::over(self.dial(&master).await?, &self.login).await?;
         let role = redis::cmd("ROLE").query_async::<Vec<redis::Value>>(&mut role.commands()).await;
         let role = role.map_err(|error| format!("{master}: {error}"))?;
-        let role: String = role.into_iter().next().and_then(|role| redis::from_redis_value(role).ok()).unwrap_or_default();
+        let role: String =
+            role.into_iter().next().and_then(|role| redis::from_redis_value(role).ok()).unwrap_or_default();
         if role != "master" {
             return Err(format!("{master} is not the master although Sentinel {sentinel} says so"));
         }
@@ -236,8 +237,7 @@ impl fmt::Debug for Connection {
 
 impl Connection {
     async fn over(stream: Stream, login: &RedisConnectionInfo) -> Result<Self, String> {
-        let config =
-            AsyncConnectionConfig::new().set_response_timeout(Some(ANSWER)).set_pipeline_buffer_size(PIPELINE);
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(ANSWER)).set_pipeline_buffer_size(PIPELINE);
         let login = MultiplexedConnection::new_with_config(login, stream, config);
         let (commands, driver) = in_time("the login", login).await?;
         Ok(Self { commands, driver: tokio::spawn(driver) })

@@ -9,15 +9,15 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
-use futures::StreamExt;
-use parking_lot::Mutex;
-use redis::aio::PubSub;
 use super::{Caller, KeyHash, hash_key};
 use crate::config::Secret;
 use crate::error::{GatewayError, Result};
 use crate::limit::Limits;
 use crate::store::{Address, Connection, is_useless};
+use arc_swap::ArcSwapOption;
+use futures::StreamExt;
+use parking_lot::Mutex;
+use redis::aio::PubSub;
 
 const IDS: &str = "tg:ids";
 const NEWS: &str = "tg:keys";

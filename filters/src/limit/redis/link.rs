@@ -189,7 +189,9 @@ impl Link {
             Some(connection) => connection,
             None => Arc::new(self.address.connect().await?),
         };
-        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection.commands(), rand::random::<u64>() >> 12)).await {
+        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection.commands(), rand::random::<u64>() >> 12))
+            .await
+        {
             Ok(Ok(beat)) => {
                 self.heard(beat);
                 self.connection.store(Some(connection));

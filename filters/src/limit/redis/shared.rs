@@ -203,7 +203,10 @@ impl Shared {
         match answer.await {
             Some(Decided::Admitted(standings)) => {
                 remember(&standings, self.now());
-                let live = asking.live.take().unwrap_or_else(|| Live::new(id, plan, self.link.now(), (tokens, charge), Place::There));
+                let live = asking
+                    .live
+                    .take()
+                    .unwrap_or_else(|| Live::new(id, plan, self.link.now(), (tokens, charge), Place::There));
                 Ok(self.enter(live, tokens, standings))
             }
             Some(Decided::Refused(refusal, standings)) => {

@@ -180,7 +180,12 @@ fn a_settlement_after_the_data_was_lost_is_told_from_one_that_comes_twice() {
     assert_eq!(settle(epoch), Settled::Lost);
     // Pushed under one mark, it counts once.
     for _ in 0..3 {
-        remote.wait(remote.commands.spend(&remote.connection, 77, &plan, &[Amount { at: now.0, requests: 1, tokens: 5 }]));
+        remote.wait(remote.commands.spend(
+            &remote.connection,
+            77,
+            &plan,
+            &[Amount { at: now.0, requests: 1, tokens: 5 }],
+        ));
     }
     assert_eq!(remote.query(&plan, now).iter().next().map(|s| s.used()), Some(5));
     remote.at(now);
