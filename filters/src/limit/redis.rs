@@ -88,7 +88,8 @@ pub(super) struct Asked<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ended {
     pub(super) id: LeaseId,
-    pub(super) tokens: u64,
+    /// What it used; `None` if it never was a call, and the request is given back too.
+    pub(super) tokens: Option<u64>,
     /// The life of the store's data in which it was admitted.
     pub(super) epoch: u64,
 }
@@ -226,7 +227,8 @@ impl Commands {
         let reply = self.run(connection, &self.settle, |command| {
             keys(command, &Plan::new());
             for one in ended {
-                command.arg(self.lease(one.id)).arg(one.tokens.min(MOST)).arg(one.epoch);
+                let tokens = one.tokens.map_or(-1, |tokens| tokens.min(MOST).cast_signed());
+                command.arg(self.lease(one.id)).arg(tokens).arg(one.epoch);
             }
         });
         let reply = reply.await?;

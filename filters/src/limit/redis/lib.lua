@@ -202,8 +202,8 @@ local function take(state, rule, zone, n, hold, at)
   return 0, true
 end
 
--- Charges what the call of a lease used; gives the tokens that no period took.
-local function charge(lease, tokens)
+-- Charges what the call of a lease used; gives the tokens that no period took. With `never` it was no call at all.
+local function charge(lease, tokens, never)
   local live, lost = lease[4] == 0, 0
   local before = live and lease[2] or lease[3]
   for _, set in ipairs(lease[5]) do scope(set[1]) end
@@ -217,6 +217,12 @@ local function charge(lease, tokens)
         if live and counter then state[3][rule[1]] = max(0, counter - 1) end
       elseif rule[3] == 0 then
         -- A request that was admitted is a request, whatever became of it.
+        if never and kind == 1 and lease[1] > state[2] then
+          refund(open(state, rule, rules[2]), rule[5], lease[1], 1)
+        elseif never and kind ~= 1 and counter then
+          local at = counter[1] == grant and 3 or counter[5] == grant and 7
+          if at then counter[at] = max(0, counter[at] - 1) end
+        end
       elseif kind == 1 then
         counter = open(state, rule, rules[2])
         if tokens > before then

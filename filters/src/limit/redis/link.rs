@@ -21,7 +21,8 @@ const IN_A_ROW: u32 = 5;
 /// Of so many calls within a second, half may fail.
 const ENOUGH: u32 = 20;
 /// A reservation that the server reads so long after its budget is not made any more: nobody waits for it.
-const STALE: Duration = Duration::from_millis(500);
+/// Short, so that it is not made either when the word that it is void came first, over another connection.
+const STALE: Duration = Duration::from_millis(100);
 
 /// Decides from the outcome of calls whether the store is there.
 #[derive(Debug, Default)]

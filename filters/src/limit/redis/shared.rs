@@ -312,7 +312,7 @@ impl Shared {
         }
         let ended = |queued: &Queued| Ended {
             id: queued.live.id,
-            tokens: queued.tokens,
+            tokens: queued.was_call.then_some(queued.tokens),
             epoch: queued.live.epoch.load(Ordering::Acquire),
         };
         let list: Vec<Ended> = batch.iter().map(ended).collect();

@@ -83,7 +83,7 @@ impl Subject for Remote {
 
     fn settle(&self, id: LeaseId, tokens: u64, now: Instant64) -> Settled {
         self.at(now);
-        let ended = [Ended { id, tokens, epoch: 1 }];
+        let ended = [Ended { id, tokens: Some(tokens), epoch: 1 }];
         self.wait(self.commands.settle(&self.connection, &ended)).0[0]
     }
 
@@ -175,7 +175,7 @@ fn a_settlement_after_the_data_was_lost_is_told_from_one_that_comes_twice() {
         panic!("refused")
     };
     let settle =
-        |epoch| remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: 5, epoch }])).0[0];
+        |epoch| remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: Some(5), epoch }])).0[0];
     remote.raw::<()>(&["FLUSHALL"]);
     assert_eq!(settle(epoch), Settled::Lost);
     // Pushed under one mark, it counts once.
@@ -266,7 +266,7 @@ fn a_lease_made_again_after_midnight_is_settled_in_the_day_of_its_admission() {
         remote.wait(remote.commands.reserve(&remote.connection, &asked))
     };
     let settle = |id, tokens| {
-        let ended = [Ended { id: LeaseId(id), tokens, epoch: 1 }];
+        let ended = [Ended { id: LeaseId(id), tokens: Some(tokens), epoch: 1 }];
         remote.wait(remote.commands.settle(&remote.connection, &ended))
     };
     remote.at(at(10));
@@ -286,6 +286,38 @@ fn a_lease_made_again_after_midnight_is_settled_in_the_day_of_its_admission() {
     assert_eq!(state(&remote, &plan, at(10)), [(90, 0), (40, 0), (0, 0)]);
     assert_eq!(state(&remote, &plan, at(41))[0], (60, 0));
     assert_eq!(remote.raw::<u64>(&["ZCARD", EXPIRY]), 0);
+}
+
+#[test]
+fn a_call_that_never_was_gives_back_its_request_too() {
+    let remote = Remote::to(&Arc::new(Server::start()));
+    let limits = Limits {
+        requests_per_minute: limit(9),
+        requests_per_day: limit(9),
+        tokens_per_minute: limit(100),
+        tokens_per_day: limit(100),
+        concurrency: limit(9),
+        ..Limits::default()
+    };
+    let plan = key(&limits);
+    let admit = |now| match remote.reserve(&plan, Estimate { prompt: 10, completion: 0, guessed: false }, now) {
+        Verdicts::Admitted { id, .. } => id,
+        Verdicts::Refused { refusal, .. } => panic!("{refusal:?}"),
+    };
+    let never = |id, now| {
+        remote.at(now);
+        remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: None, epoch: 1 }])).0[0]
+    };
+    remote.at(at(-1));
+    remote.epoch();
+    let (stays, yesterday) = (admit(at(-1)), admit(at(-1)));
+    let today = admit(at(2));
+    assert_eq!(never(yesterday, at(3)), Settled::Done);
+    assert_eq!(never(today, at(3)), Settled::Done);
+    assert_eq!(never(today, at(3)), Settled::Duplicate);
+    assert_eq!(state(&remote, &plan, at(3)), [(1, 0), (0, 0), (10, 0), (0, 0), (1, 0)]);
+    assert_eq!(remote.settle(stays, 7, at(4)), Settled::Done);
+    assert_eq!(state(&remote, &plan, at(4)), [(1, 0), (0, 0), (7, 0), (0, 0), (0, 0)]);
 }
 
 #[test]
