@@ -17,6 +17,8 @@ pub(crate) struct Redis {
     home: TempDir,
     more: Vec<String>,
     port: u16,
+    /// Keeps the port of a server that was killed from being given to another test's.
+    kept: Option<socket2::Socket>,
 }
 
 impl Redis {
@@ -28,7 +30,7 @@ impl Redis {
     pub(crate) fn with(more: &[&str]) -> Self {
         let home = TempDir::new().expect("a temporary directory");
         let more: Vec<String> = more.iter().map(ToString::to_string).collect();
-        Self { child: launch(&home, &more), home, more, port: 0 }
+        Self { child: launch(&home, &more), home, more, port: 0, kept: None }
     }
 
     /// A server that also listens on a free port of 127.0.0.1.
@@ -38,7 +40,7 @@ impl Redis {
         all.extend(["--repl-diskless-sync-delay", "0"].map(str::to_owned));
         all.extend(more.iter().map(ToString::to_string));
         let home = TempDir::new().expect("a temporary directory");
-        Self { child: launch(&home, &all), home, more: all, port }
+        Self { child: launch(&home, &all), home, more: all, port, kept: None }
     }
 
     /// The port given by [`Redis::on_port`].
@@ -55,12 +57,19 @@ impl Redis {
     /// Kills it and starts it again, with nothing in it.
     pub(crate) fn restart(&mut self) {
         self.kill();
+        self.kept = None;
         self.child = launch(&self.home, &self.more);
     }
 
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if self.port != 0 {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("a reusable address");
+            let address = std::net::SocketAddr::from(([127, 0, 0, 1], self.port));
+            self.kept = socket.bind(&address.into()).is_ok().then_some(socket);
+        }
     }
 
     pub(crate) fn url(&self) -> String {
