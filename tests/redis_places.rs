@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::harness::gateway::finish;
 use crate::harness::redis::{Redis, Sentinel};
 use crate::harness::wire::Oracle;
-use crate::harness::{ALICE, Conf, Gateway, WENDY, chat, eventually, node, tollgate};
+use crate::harness::{ALICE, Conf, Gateway, PATIENCE, WENDY, chat, eventually, node, tollgate};
 
 const PATH: &str = "/v1/chat/completions";
 const ROOMY: &str = "2s";
@@ -24,14 +24,19 @@ async fn ask(gw: &Gateway, key: &str) -> u16 {
 }
 
 async fn counted(gw: &Gateway, key: &str, requests: u64) {
-    eventually(&format!("{requests} requests to be counted"), || async {
+    let seen = std::sync::Mutex::new(Value::Null);
+    let what = format!("{requests} requests of {key} to be counted");
+    let counted = eventually(&what, || async {
         let answer = gw.get("/v1/quota").key(key).send().await;
         let answer = if answer.status() == 200 { answer.json() } else { return false };
         let rows = answer["limits"].as_array().expect("limits").clone();
         let used = |name: &str| rows.iter().find(|row| row["dimension"] == name).cloned().expect("the dimension");
+        *seen.lock().expect("no panic") = answer["limits"].clone();
         used("requests_per_hour")["used"] == requests && used("tokens_per_day")["held"] == 0
-    })
-    .await;
+    });
+    if tokio::time::timeout(PATIENCE - std::time::Duration::from_secs(2), counted).await.is_err() {
+        panic!("{what}, not {seen:?}");
+    }
 }
 
 async fn keys(conf: &Conf, words: &[&str]) -> Value {
@@ -58,6 +63,19 @@ async fn trio() -> (Redis, Redis, Sentinel) {
     (master, replica, sentinel)
 }
 
+/// Waits until the replica has all that was written.
+async fn in_step(master: &Redis, replica: &Redis) {
+    let offset = |server: &Redis| {
+        let info = server.ask(&["INFO", "replication"]);
+        info.lines().find_map(|line| line.strip_prefix("master_repl_offset:").map(|text| text.trim().to_owned()))
+    };
+    eventually("the replica to have everything", || async {
+        let written = offset(master);
+        written.is_some() && written == offset(replica)
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_master_dies_counting_goes_on_at_the_new_one_and_keys_live_on() {
     let ((mut master, replica, sentinel), near) = (trio().await, node("qwen").await);
@@ -72,7 +90,7 @@ async fn when_the_master_dies_counting_goes_on_at_the_new_one_and_keys_live_on()
     }
     counted(&gw, ALICE, 10).await;
     counted(&gw, &dora, 10).await;
-    assert_eq!(master.command(&["WAIT", "1", "5000"]), "1");
+    in_step(&master, &replica).await;
 
     master.kill();
     let (begin, mut during) = (Instant::now(), 0);
@@ -119,7 +137,7 @@ async fn a_failover_on_purpose_loses_nothing() {
     };
     let before = go(20).await;
     counted(&gw, WENDY, before).await;
-    assert_eq!(master.command(&["WAIT", "1", "5000"]), "1");
+    in_step(&master, &replica).await;
     sentinel.ask(&["SENTINEL", "FAILOVER", "main"]);
     eventually("the roles to be changed", || async {
         replica.ask(&["INFO", "replication"]).contains("role:master")
