@@ -133,6 +133,7 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     }
     let gateway = &admin.gateway;
     gateway.metrics.set_reservations(gateway.ledger.inflight());
+    gateway.metrics.set_tokens_lost(gateway.ledger.lost_tokens());
     gateway.metrics.set_access_dropped(gateway.access.dropped());
     let runtime = gateway.live.load();
     for upstream in runtime.upstreams.values() {

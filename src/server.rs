@@ -195,8 +195,8 @@ async fn idle(gateway: &Gateway) {
 /// The keys in Redis, if the document asks for them.
 async fn keyring(document: &Document, world: &dyn World) -> io::Result<Option<Arc<Keyring>>> {
     let Some(redis) = document.store.redis.as_ref().filter(|_| document.auth.redis_keys) else { return Ok(None) };
-    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
-    Keyring::start(&url, redis.timeout.0).await.map(Some).map_err(io::Error::other)
+    let address = redis.address(world).map_err(io::Error::other)?;
+    Ok(Some(Keyring::start(&address, redis.timeout.0).await))
 }
 
 /// Where the counters are: the document says; in this process if it says nothing.
@@ -205,10 +205,10 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
         metrics.set_store_up(true);
         return Ok(Ledger::in_memory());
     };
-    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    let address = redis.address(world).map_err(io::Error::other)?;
     let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
-    let options = RedisOptions { url, timeout, when_down, replicas };
-    Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await.map_err(io::Error::other)
+    let options = RedisOptions { address, timeout, when_down, replicas };
+    Ok(Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await)
 }
 
 /// Lets go of limit state that lies idle.

@@ -18,6 +18,8 @@ mod limits;
 mod models;
 mod pass;
 mod redis;
+mod redis_faults;
+mod redis_places;
 mod routing;
 mod sdk;
 mod stream;

@@ -83,6 +83,10 @@ families! {
         "Decisions of the limiter: ok, refused, or shadow (would have been refused).";
     reservations: IntGauge = "tollgate_reservations_inflight" [] &[],
         "Reservations made and not settled yet.";
+    refused_again: IntCounter = "tollgate_limit_refusals_repeated_total" [] &[],
+        "Calls refused by a refusal of a moment before, without asking the store again.";
+    tokens_lost: IntCounter = "tollgate_tokens_lost_total" [] &[],
+        "Tokens used that no limit could be charged with, as their period was over; should stay 0.";
     node_inflight: IntGauge = "tollgate_node_inflight" ["upstream", "node"] &[],
         "Attempts in flight on a node.";
     node_up: IntGauge = "tollgate_node_up" ["upstream", "node"] &[],
@@ -249,6 +253,17 @@ impl Metrics {
         self.shared.families.store_duration.with(&[op]).observe(took.as_secs_f64());
     }
 
+    /// How many tokens were lost since the start; the highest figure told counts.
+    pub fn set_tokens_lost(&self, total: u64) {
+        let counter = self.shared.families.tokens_lost.with(&[]);
+        counter.inc_by(total.saturating_sub(counter.get()));
+    }
+
+    /// A call was refused without asking the store again.
+    pub fn refused_again(&self) {
+        self.shared.families.refused_again.with(&[]).inc();
+    }
+
     /// A configuration took effect, at the start or by a reload.
     pub fn set_generation(&self, generation: u64) {
         self.shared.families.config_generation.with(&[]).set(signed(generation));
@@ -284,6 +299,10 @@ impl Watch for Metrics {
 
     fn store_took(&self, op: &'static str, took: Duration) {
         Self::store_took(self, op, took);
+    }
+
+    fn refused_again(&self) {
+        Self::refused_again(self);
     }
 }
 

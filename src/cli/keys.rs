@@ -145,8 +145,7 @@ async fn act(act: &Act, document: &Document, world: &dyn World) -> Result<Done, 
     let wanted = if let Act::Create(create) = act { Some(create.wanted()?) } else { None };
     let redis =
         document.store.redis.as_ref().ok_or("keys are kept in Redis, and the configuration has no `store.redis`")?;
-    let url = redis.url.resolve(world).map_err(|why| format!("store.redis.url: {why}"))?;
-    let keyring: Arc<Keyring> = Keyring::start(&url, PATIENCE).await?;
+    let keyring: Arc<Keyring> = Keyring::start(&redis.address(world)?, PATIENCE).await;
     let elsewhere = runtime::elsewhere(document, Arc::clone(&keyring), 0);
     let done = match act {
         Act::Create(_) => {

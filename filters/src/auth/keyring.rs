@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use futures::StreamExt;
 use parking_lot::Mutex;
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, RedisResult};
+use redis::aio::PubSub;
 
 use super::{Caller, KeyHash, hash_key};
 use crate::config::Secret;
 use crate::error::{GatewayError, Result};
 use crate::limit::{Limits, Zone};
+use crate::store::{Address, Connection, is_useless};
 
 const IDS: &str = "tg:ids";
 const NEWS: &str = "tg:keys";
@@ -36,6 +36,8 @@ const AT_ONCE: usize = 500;
 /// A longer key is none.
 const LONGEST: usize = 512;
 const PATIENCE: Duration = Duration::from_millis(250);
+/// Between two looks whether the connections live, where nothing is heard.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A key as it is kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -155,8 +157,8 @@ struct Seen {
 
 /// The keys of all gateways.
 pub struct Keyring {
-    client: redis::Client,
-    connection: ArcSwapOption<MultiplexedConnection>,
+    address: Address,
+    connection: ArcSwapOption<Connection>,
     budget: Duration,
     seen: Mutex<HashMap<KeyHash, Seen>>,
     /// Counts what was heard of changes; only changed under the lock of `seen`.
@@ -171,14 +173,9 @@ impl std::fmt::Debug for Keyring {
 
 impl Keyring {
     /// Connects, and listens for revocations from then on. Must be called in the tokio runtime that is to do so.
-    ///
-    /// # Errors
-    /// An address that is none; in words.
-    pub async fn start(url: &Secret, budget: Duration) -> std::result::Result<Arc<Self>, String> {
-        let client =
-            redis::Client::open(url.expose()).map_err(|_| "store.redis.url is not an address of Redis".to_owned())?;
+    pub async fn start(address: &Address, budget: Duration) -> Arc<Self> {
         let keyring = Arc::new(Self {
-            client,
+            address: address.clone(),
             connection: ArcSwapOption::empty(),
             budget,
             seen: Mutex::default(),
@@ -189,16 +186,23 @@ impl Keyring {
             tracing::warn!(%error, "the keys in Redis cannot be looked up");
         }
         tokio::spawn(listen(Arc::downgrade(&keyring)));
-        Ok(keyring)
+        keyring
     }
 
-    async fn connect(&self) -> RedisResult<()> {
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(PATIENCE))
-            .set_response_timeout(Some(2 * PATIENCE));
-        let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
-        self.connection.store(Some(Arc::new(connection)));
+    async fn connect(&self) -> std::result::Result<(), String> {
+        self.connection.store(Some(Arc::new(self.address.connect().await?)));
         Ok(())
+    }
+
+    /// Gives a connection up that is of no use: `listen` makes another, perhaps to another server.
+    fn given_up(&self, connection: &Arc<Connection>, error: &redis::RedisError) {
+        if is_useless(error) {
+            self.drop_connection(connection);
+        }
+    }
+
+    fn drop_connection(&self, connection: &Arc<Connection>) {
+        self.connection.compare_and_swap(connection, None);
     }
 
     /// Who presents this key; `make` makes the caller for the configuration of that number, or says why it is none.
@@ -271,11 +275,15 @@ impl Keyring {
 
     /// `None` if the store cannot be asked, `Some(None)` if it does not know the key.
     async fn look_up(&self, key: &str, hash: &KeyHash) -> Option<Option<Record>> {
-        let mut connection = MultiplexedConnection::clone(&*self.connection.load_full()?);
+        let connection = self.connection.load_full()?;
         let mut both = redis::pipe();
         both.cmd("HGETALL").arg(place(hash)).cmd("HGETALL").arg(format!("user:{key}"));
         type Fields = BTreeMap<String, String>;
-        let (ours, older): (Fields, Fields) = both.query_async(&mut connection).await.ok()?;
+        let (ours, older): (Fields, Fields) = both
+            .query_async(&mut connection.commands())
+            .await
+            .inspect_err(|error| self.given_up(&connection, error))
+            .ok()?;
         if !ours.is_empty() {
             return Some(
                 Record::read(ours).inspect_err(|why| tracing::warn!(why, "a key in Redis cannot be read")).ok(),
@@ -286,14 +294,14 @@ impl Keyring {
         Some(user.and_then(|id| Some(Record { id, tier: Some(older.get("tier")?.clone()), ..Record::default() })))
     }
 
-    fn connection(&self) -> Kept<MultiplexedConnection> {
-        let connection = self.connection.load_full();
-        let connection = connection.ok_or_else(|| KeyError::Away("it cannot be reached".to_owned()))?;
-        Ok(MultiplexedConnection::clone(&connection))
+    fn connection(&self) -> Kept<Arc<Connection>> {
+        self.connection.load_full().ok_or_else(|| KeyError::Away("it cannot be reached".to_owned()))
     }
 
     async fn ask<T: redis::FromRedisValue>(&self, command: &redis::Cmd) -> Kept<T> {
-        command.query_async(&mut self.connection()?).await.map_err(|error| away(&error))
+        let connection = self.connection()?;
+        let answer = command.query_async(&mut connection.commands()).await;
+        answer.inspect_err(|error| self.given_up(&connection, error)).map_err(|error| away(&error))
     }
 
     /// Runs one of the scripts above for the key of that id. False if it found nothing to do.
@@ -331,7 +339,7 @@ impl Keyring {
             some.iter().for_each(|(_, hash)| {
                 question.cmd("HGETALL").arg(format!("tg:key:{hash}"));
             });
-            let found = question.query_async(&mut self.connection()?).await.map_err(|error| away(&error))?;
+            let found = question.query_async(&mut self.connection()?.commands()).await.map_err(|error| away(&error))?;
             let found: Vec<BTreeMap<String, String>> = found;
             all.extend(some.iter().zip(found).map(|((id, _), fields)| (id.clone(), Record::read(fields))));
         }
@@ -396,20 +404,16 @@ async fn listen(keyring: Weak<Keyring>) {
             if ring.connection.load().is_none() {
                 ring.connect().await?;
             }
-            let mut news = ring.client.get_async_pubsub().await?;
-            news.subscribe(NEWS).await?;
-            RedisResult::Ok(news)
+            let mut news = ring.address.listen().await?;
+            let subscribed = tokio::time::timeout(PATIENCE, news.subscribe(NEWS)).await;
+            subscribed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+            Ok::<_, String>(news)
         };
-        let news = tokio::time::timeout(4 * PATIENCE, news).await;
-        if let Ok(Ok(mut news)) = news {
+        let news = news.await;
+        if let Ok(news) = news {
             ring.doubt();
             drop(ring);
-            let mut messages = news.on_message();
-            // The end of the stream is the end of the connection.
-            while let Some(message) = messages.next().await {
-                let Some(ring) = keyring.upgrade() else { return };
-                ring.forget(&message.get_payload::<String>().unwrap_or_default());
-            }
+            hear(&keyring, news).await;
         }
         if let Some(ring) = keyring.upgrade() {
             ring.connection.store(None);
@@ -420,6 +424,32 @@ async fn listen(keyring: Weak<Keyring>) {
 
 fn away(error: &redis::RedisError) -> KeyError {
     KeyError::Away(error.to_string())
+}
+
+/// Hears of revocations, until one of the two connections does not answer any more.
+async fn hear(keyring: &Weak<Keyring>, news: PubSub) {
+    let (mut sink, mut messages) = news.split();
+    loop {
+        match tokio::time::timeout(LOOK, messages.next()).await {
+            Ok(Some(message)) => {
+                let Some(ring) = keyring.upgrade() else { return };
+                ring.forget(&message.get_payload::<String>().unwrap_or_default());
+            }
+            // The end of the stream is the end of the connection.
+            Ok(None) => return,
+            Err(_) => {
+                let Some(ring) = keyring.upgrade() else { return };
+                let Some(connection) = ring.connection.load_full() else { return };
+                drop(ring);
+                let (ping, mut commands) = (redis::cmd("PING"), connection.commands());
+                let looks = async { tokio::join!(sink.ping::<()>(), ping.query_async::<()>(&mut commands)) };
+                match tokio::time::timeout(PATIENCE, looks).await {
+                    Ok((Ok(()), Ok(()))) => {}
+                    _ => return,
+                }
+            }
+        }
+    }
 }
 
 fn hex(hash: &KeyHash) -> String {
@@ -452,7 +482,8 @@ mod tests {
     }
 
     async fn nowhere() -> Arc<Keyring> {
-        Keyring::start(&Secret::new("redis+unix:///nowhere.sock"), Duration::from_millis(50)).await.unwrap()
+        let address = Address::parse("redis+unix:///nowhere.sock").unwrap();
+        Keyring::start(&address, Duration::from_millis(50)).await
     }
 
     fn known(keyring: &Keyring, key: &str, at: Instant) {

@@ -82,12 +82,9 @@ impl Ledger {
 
     /// A ledger that several gateways share. Must be called in the tokio runtime that is to look after the connection. A
     /// store that is away at the start may come later; until then calls are decided as `when_down` says.
-    ///
-    /// # Errors
-    /// An address that is none; in words.
-    pub async fn in_redis(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Self, String> {
-        let store = Store::Shared(Shared::start(options, watch).await?);
-        Ok(Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() })))
+    pub async fn in_redis(options: &RedisOptions, watch: Arc<dyn Watch>) -> Self {
+        let store = Store::Shared(Shared::start(options, watch).await);
+        Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() }))
     }
 
     /// Whether the counters are shared by several gateways.

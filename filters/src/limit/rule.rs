@@ -194,9 +194,9 @@ impl RuleSet {
         Self { when_down, ..self }
     }
 
-    /// The part of these limits that one of `gateways` may grant on its own.
-    pub(super) fn share(&self, gateways: u64) -> Self {
-        let rule = |rule: &Rule| Rule { limit: rule.limit / gateways.max(1), ..rule.clone() };
+    /// These limits, each replaced by the part of it that one gateway may grant on its own.
+    pub(super) fn share(&self, part: impl Fn(u64) -> u64) -> Self {
+        let rule = |rule: &Rule| Rule { limit: part(rule.limit), ..rule.clone() };
         Self { rules: self.rules.iter().map(rule).collect(), ..self.clone() }
     }
 

@@ -14,7 +14,8 @@ const CONTRACT: &str = "tollgate_requests_total{route,model,key,code} · tollgat
     tollgate_prefix_hits_total{upstream,node} · tollgate_cache_total{route,result} · tollgate_store_up · \
     tollgate_store_duration_seconds{op} · tollgate_config_generation · tollgate_config_reloads_total{result} · \
     tollgate_config_last_reload_success · tollgate_streams_open · tollgate_client_aborts_total{phase} · \
-    tollgate_build_info{version} · tollgate_access_log_dropped_total";
+    tollgate_build_info{version} · tollgate_access_log_dropped_total · tollgate_tokens_lost_total · \
+    tollgate_limit_refusals_repeated_total";
 
 fn contract() -> BTreeMap<String, BTreeSet<String>> {
     CONTRACT
@@ -54,6 +55,8 @@ fn exercised() -> Metrics {
     metrics.reloaded(true);
     metrics.client_left(AbortPhase::Answer);
     metrics.set_access_dropped(5);
+    metrics.set_tokens_lost(7);
+    metrics.refused_again();
     metrics
 }
 

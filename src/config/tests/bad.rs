@@ -177,11 +177,30 @@ fn a_bad_store_is_refused_and_its_password_never_shown() {
     complains(
         r##"store: { redis: { url: 'http://user:password@x', timeout: 0ms, when_down: shar }, replicas: 0 }
 auth: { redis_keys: true }"##,
-        r##"1:24 not the address of a Redis | it begins with redis://, rediss:// or unix://
+        r##"1:24 not the address of a Redis: its scheme is none of redis, rediss, unix, redis+sentinel, rediss+sentinel | redis://, rediss:// or unix://; with Sentinels redis+sentinel://HOST,HOST/MASTER
 1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
 1:59 a period of zero | the least is 1ms
 1:75 `shar` is not known here | did you mean `share`?
 1:93 0 is too small | the least is 1"##,
+    );
+}
+
+#[test]
+fn sentinels_need_a_master_and_certificates_an_address_for_tls() {
+    complains(
+        r##"store: { redis: { url: 'redis+sentinel://u:password@a,b' } }"##,
+        r##"1:24 not the address of a Redis: behind the Sentinels it needs the master's name: redis+sentinel://host,host/MASTER | redis://, rediss:// or unix://; with Sentinels redis+sentinel://HOST,HOST/MASTER
+1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}"##,
+    );
+    complains(
+        r##"store: { redis: { url: 'redis://a', ca: /missing/ca.pem } }"##,
+        r##"1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
+1:41 the address is not one for TLS | write rediss:// or rediss+sentinel://, or leave it out"##,
+    );
+    complains(
+        r##"store: { redis: { url: 'rediss://a', cert: /missing/me.pem } }"##,
+        r##"1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
+1:44 it needs `key` beside it"##,
     );
 }
 
