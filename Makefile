@@ -17,7 +17,7 @@ OPENAI_STAMP := $(VENV)/.with-$(OPENAI)
 
 # A C compiler and cmake: zlib-ng, zstd, jemalloc and ring are built from their sources.
 BUILD_PACKAGES := gcc libc6-dev cmake pkg-config
-TEST_PACKAGES := $(BUILD_PACKAGES) redis-server python3 python3-venv python3-pip
+TEST_PACKAGES := $(BUILD_PACKAGES) redis-server faketime python3 python3-venv python3-pip
 
 # $(call packages,NAMES)
 define packages
