@@ -1,17 +1,19 @@
 //! Gateways that are killed in the middle of things: what they held comes back, what was used is charged, and nothing twice.
 
 use std::future::pending;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use tokio::task::JoinHandle;
 
 use crate::harness::client::Reply;
 use crate::harness::redis::Redis;
-use crate::harness::{Conf, Gateway, RawNode, Refused, Upcall, chat, eventually, node, node_with};
+use crate::harness::{Conf, Gateway, RawNode, Upcall, chat, eventually, node, node_with};
 
 const PATH: &str = "/v1/chat/completions";
 const KEY: &str = "carl-secret-key";
@@ -23,10 +25,10 @@ const FREED: Duration = Duration::from_secs(60);
 const UNTOLD: Duration = Duration::from_secs(5);
 
 /// Model `chat` at this node, counters in Redis, and a key with many slots.
-fn conf(redis: &Redis, node: &str, model: &str) -> Conf {
+fn conf(redis: &Redis, node: &str) -> Conf {
     Conf::new()
-        .upstream("near", &[node], "eject: off")
-        .model("chat", &[("near", "qwen")], model)
+        .upstream("near", &[node], "timeouts: { connect: 60s, first_byte: 120s }")
+        .model("chat", &[("near", "qwen")], "")
         .llm()
         .tier("crowd: { requests_per_hour: 10_000, tokens_per_day: 1_000_000_000, concurrency: 300 }")
         .key("{ id: carl, key: carl-secret-key, tier: crowd }")
@@ -40,6 +42,28 @@ async fn silent() -> RawNode {
         Some(call)
     })
     .await
+}
+
+/// A node that nobody gets through to: as many connections wait to be accepted as may.
+struct Full {
+    _socket: Socket,
+    _waiting: Vec<TcpStream>,
+    addr: SocketAddr,
+}
+
+impl Full {
+    fn new() -> Self {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a free port");
+        socket.listen(0).expect("a listener");
+        let addr = socket.local_addr().expect("its address").as_socket().expect("an IP address");
+        let connect = || TcpStream::connect_timeout(&addr, Duration::from_millis(300)).ok();
+        Self { _socket: socket, _waiting: std::iter::from_fn(connect).collect(), addr }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.addr)
+    }
 }
 
 /// Used and held of one dimension of the key.
@@ -120,7 +144,7 @@ async fn a_hundred_streams_of_a_killed_gateway_are_charged_once_and_free_their_s
     const STREAMS: u64 = 100;
     let redis = Redis::start();
     let near = node_with("qwen", |config| config.decode = Duration::from_millis(200)).await;
-    let conf = conf(&redis, &near.url(), "");
+    let conf = conf(&redis, &near.url());
     let (dies, stays) = (Gateway::with(&conf).await, Gateway::with(&conf).await);
     // One stream of a gateway that lives on is not to be touched by any of this.
     let alive = Streams::open(&stays, 1).await;
@@ -173,9 +197,9 @@ async fn a_hundred_streams_of_a_killed_gateway_are_charged_once_and_free_their_s
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_killed_between_reservation_and_dispatch_leaves_nothing_held() {
-    let (redis, near) = (Redis::start(), Refused::new());
-    // Nobody listens: the calls have their reservation, and wait to be sent.
-    let conf = conf(&redis, &near.url(), "retry: { attempts: 2, backoff: 60s, jitter: false }");
+    // The calls have their reservation, and wait for a connection.
+    let (redis, near) = (Redis::start(), Full::new());
+    let conf = conf(&redis, &near.url());
     let (dies, stays) = (Gateway::with(&conf).await, Gateway::with(&conf).await);
     let waiting = calls(&dies, 5).await;
     let (used, held) = row(&stays, "tokens_per_day").await;
@@ -195,7 +219,7 @@ async fn a_gateway_killed_between_reservation_and_dispatch_leaves_nothing_held()
 async fn a_gateway_killed_while_it_charges_anothers_calls_leaves_the_rest_to_a_third() {
     const CALLS: u64 = 250;
     let (redis, near) = (Redis::start(), silent().await);
-    let conf = conf(&redis, &near.url(), "");
+    let conf = conf(&redis, &near.url());
     let (dies, sweeps) = (Gateway::with(&conf).await, Gateway::with(&conf).await);
     let open = calls(&dies, CALLS).await;
     let (_, held) = row(&sweeps, "tokens_per_day").await;
@@ -222,7 +246,7 @@ async fn a_gateway_killed_while_it_charges_anothers_calls_leaves_the_rest_to_a_t
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_all_gateways_were_killed_the_next_one_settles_what_they_left() {
     let (redis, near, good) = (Redis::start(), silent().await, node("qwen").await);
-    let silent = conf(&redis, &near.url(), "");
+    let silent = conf(&redis, &near.url());
     let (one, two) = (Gateway::with(&silent).await, Gateway::with(&silent).await);
     let mut open = calls(&one, 30).await;
     open.extend(calls(&two, 20).await);
@@ -230,7 +254,7 @@ async fn after_all_gateways_were_killed_the_next_one_settles_what_they_left() {
     drop((one, two));
     join_all(open).await;
     assert_eq!(redis.leases(), 50, "nobody is there to charge them");
-    let next = Gateway::with(&conf(&redis, &good.url(), "")).await;
+    let next = Gateway::with(&conf(&redis, &good.url())).await;
     assert_eq!((slots(&next).await, row(&next, "tokens_per_day").await), (50, (0, held)), "until their time is over");
     // It serves meanwhile, and what it serves is its own.
     let served = next.post(PATH).key(KEY).json(&chat("hi")).send().await.expect(200).json();
