@@ -1,7 +1,7 @@
 //! A real redis-server of a test's own, and a word with it.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -101,20 +101,30 @@ impl Redis {
         self.command(&["ZCARD", "tg:{tg}:z"]).parse().expect("a number")
     }
 
+    /// One command whose answer is a text, like `INFO`.
+    pub(crate) fn text(&self, words: &[&str]) -> String {
+        let mut reader = BufReader::new(self.send(words));
+        let mut line = String::new();
+        reader.read_line(&mut line).expect("an answer");
+        let length = line.trim_end().strip_prefix('$').and_then(|length| length.parse().ok());
+        let mut text = vec![0; length.unwrap_or_else(|| panic!("{words:?}: {line}"))];
+        reader.read_exact(&mut text).expect("the whole answer");
+        String::from_utf8(text).expect("UTF-8")
+    }
+
     fn send(&self, words: &[&str]) -> UnixStream {
         let mut stream = UnixStream::connect(self.home.path().join("redis.sock")).expect("redis-server listens");
         let mut text = format!("*{}\r\n", words.len());
         words.iter().for_each(|word| text.push_str(&format!("${}\r\n{word}\r\n", word.len())));
         stream.write_all(text.as_bytes()).expect("a command is sent");
+        stream.set_read_timeout((words != ["MONITOR"]).then_some(PATIENCE)).expect("a timeout");
         stream
     }
 
     /// One command; its answer if that is a number or a line.
     pub(crate) fn command(&self, words: &[&str]) -> String {
-        let stream = self.send(words);
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).expect("an answer");
+        BufReader::new(self.send(words)).read_line(&mut line).expect("an answer");
         assert!(!line.starts_with('-'), "{words:?}: {line}");
         line.trim_end().trim_start_matches([':', '+', '$']).to_owned()
     }
