@@ -213,6 +213,9 @@ struct LedgerArgs {
     /// Calls at a time, where the store is Redis.
     #[arg(long, default_value_t = 16)]
     callers: usize,
+    /// Between the end of a caller's call and its next, where the store is Redis; 0ms shows the store at its limit.
+    #[arg(long, default_value = "5ms", value_parser = duration)]
+    pause: Duration,
     /// Rounds over all of them; the lowest figure counts.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -220,7 +223,7 @@ struct LedgerArgs {
     #[arg(long, default_value_t = 500_000)]
     in_memory: u32,
     /// Decisions of a round in Redis.
-    #[arg(long, default_value_t = 20_000)]
+    #[arg(long, default_value_t = 10_000)]
     in_redis: u32,
     /// The server, started for this on a free port of loopback.
     #[arg(long, default_value = "redis-server")]
@@ -401,6 +404,8 @@ async fn run_ledger(args: LedgerArgs) -> Result<(), String> {
         in_memory: args.in_memory,
         in_redis: args.in_redis,
         redis_server: args.redis_server,
+        pause: args.pause,
+        pinned: true,
     };
     let figures = ledger::run(config, &mut |line| eprintln!("{line}")).await?;
     if !args.json {

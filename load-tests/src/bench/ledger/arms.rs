@@ -87,6 +87,13 @@ impl<'a> Bench<'a> {
         Ok(plan)
     }
 
+    /// Half as long to half as long again, so that the callers do not come all at once.
+    async fn pause(&self) {
+        if !self.config.pause.is_zero() {
+            tokio::time::sleep(self.config.pause.mul_f64(rand::random_range(0.5..1.5))).await;
+        }
+    }
+
     fn look(&self) -> Result<(CpuTime, CpuTime), String> {
         let look = |pid| CpuTime::look(pid, self.source).ok_or_else(|| format!("process {pid} is gone"));
         Ok((look(std::process::id())?, look(self.server.pid)?))
@@ -136,6 +143,7 @@ impl<'a> Bench<'a> {
                 let reservation = reserve(ledger, &plan).await?;
                 waits.push(begin.elapsed());
                 settle(reservation);
+                self.pause().await;
             }
             Ok::<_, String>(waits)
         });
@@ -161,6 +169,7 @@ impl<'a> Bench<'a> {
                 replay.begin(key).await?;
                 waits.push(begin.elapsed());
                 replay.end(key).await?;
+                self.pause().await;
             }
             Ok::<_, String>((waits, replay.asked()))
         });
