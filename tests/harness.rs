@@ -6,6 +6,8 @@ pub(crate) mod conf;
 pub(crate) mod gateway;
 pub(crate) mod raw;
 pub(crate) mod redis;
+pub(crate) mod sentinel;
+mod watched;
 pub(crate) mod wire;
 
 use std::future::Future;

@@ -8,7 +8,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::harness::gateway::finish;
-use crate::harness::redis::{Redis, Sentinel};
+use crate::harness::redis::Redis;
+use crate::harness::sentinel::Sentinel;
 use crate::harness::wire::Oracle;
 use crate::harness::{ALICE, Conf, Gateway, PATIENCE, WENDY, chat, eventually, node, tollgate};
 

@@ -1,15 +1,17 @@
 //! A real redis-server of a test's own, and a word with it.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::PATIENCE;
+use super::watched::Watched;
 
 /// A running server on a socket, killed when the test lets go of it.
 pub(crate) struct Redis {
@@ -19,6 +21,7 @@ pub(crate) struct Redis {
     port: u16,
     /// Keeps the port of a server that was killed from being given to another test's.
     kept: Option<socket2::Socket>,
+    env: Vec<(&'static str, String)>,
 }
 
 impl Redis {
@@ -28,9 +31,26 @@ impl Redis {
 
     /// A server with further settings on its command line.
     pub(crate) fn with(more: &[&str]) -> Self {
+        Self::in_env(more, Vec::new())
+    }
+
+    /// A server whose clock starts at that time, like `2026-03-01 23:59:50` (UTC), and runs so many times as fast.
+    pub(crate) fn at(time: &str, speed: u32) -> Self {
+        // The C library is named a second time so that its allocator comes before the one that the server is linked with:
+        // that one looks at the clock before the library that tells the time is ready.
+        let env = vec![
+            ("LD_PRELOAD", format!("{} libc.so.6", faketime().display())),
+            ("FAKETIME", format!("@{time} x{speed}")),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+            ("TZ", "UTC".to_owned()),
+        ];
+        Self::in_env(&[], env)
+    }
+
+    fn in_env(more: &[&str], env: Vec<(&'static str, String)>) -> Self {
         let home = TempDir::new().expect("a temporary directory");
         let more: Vec<String> = more.iter().map(ToString::to_string).collect();
-        Self { child: launch(&home, &more), home, more, port: 0, kept: None }
+        Self { child: launch(&home, &more, &env), home, more, port: 0, kept: None, env }
     }
 
     /// A server that also listens on a free port of 127.0.0.1.
@@ -40,7 +60,7 @@ impl Redis {
         all.extend(["--repl-diskless-sync-delay", "0"].map(str::to_owned));
         all.extend(more.iter().map(ToString::to_string));
         let home = TempDir::new().expect("a temporary directory");
-        Self { child: launch(&home, &all), home, more: all, port, kept: None }
+        Self { child: launch(&home, &all, &[]), home, more: all, port, kept: None, env: Vec::new() }
     }
 
     /// The port given by [`Redis::on_port`].
@@ -58,7 +78,7 @@ impl Redis {
     pub(crate) fn restart(&mut self) {
         self.kill();
         self.kept = None;
-        self.child = launch(&self.home, &self.more);
+        self.child = launch(&self.home, &self.more, &self.env);
     }
 
     pub(crate) fn kill(&mut self) {
@@ -92,6 +112,44 @@ impl Redis {
         speak(UnixStream::connect(self.socket()).expect("redis-server listens"), words)
     }
 
+    /// One command whose answer is a text, like `INFO`.
+    pub(crate) fn text(&self, words: &[&str]) -> String {
+        let answer = self.ask(words);
+        answer.split_once("\r\n").unwrap_or_else(|| panic!("{words:?}: {answer}")).1.to_owned()
+    }
+
+    /// Watches what scripts write from now on.
+    pub(crate) fn watch(&self) -> Watched {
+        let mut stream = UnixStream::connect(self.socket()).expect("redis-server listens");
+        stream.write_all(b"MONITOR\r\n").expect("a command is sent");
+        let mut lines = BufReader::new(stream);
+        let mut line = String::new();
+        lines.read_line(&mut line).expect("an answer");
+        assert_eq!(line, "+OK\r\n");
+        let watched = Watched::default();
+        let told = watched.clone();
+        thread::spawn(move || lines.lines().map_while(Result::ok).for_each(|line| told.line(&line)));
+        watched
+    }
+
+    /// The server's time in microseconds since 1970.
+    pub(crate) fn now(&self) -> u64 {
+        let time = "local t = redis.call('TIME') return t[1] * 1000000 + t[2]";
+        self.command(&["EVAL", time, "0"]).parse().expect("a number")
+    }
+
+    /// Makes every lease expire at once, as if its time had passed.
+    pub(crate) fn expire_leases(&self) {
+        let expire =
+            "for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('ZADD', KEYS[1], 1, id) end";
+        self.command(&["EVAL", expire, "1", "tg:{tg}:z"]);
+    }
+
+    /// Leases there are, those among them that expired.
+    pub(crate) fn leases(&self) -> usize {
+        self.command(&["ZCARD", "tg:{tg}:z"]).parse().expect("a number")
+    }
+
     /// One command as this user, who needs no password.
     pub(crate) fn command_as(&self, user: &str, words: &[&str]) -> String {
         let mut stream = UnixStream::connect(self.socket()).expect("redis-server listens");
@@ -112,7 +170,7 @@ impl Redis {
 }
 
 /// Says one thing and reads one answer: a line, and the text after it if it announces one.
-fn speak(mut stream: impl Read + Write, words: &[&str]) -> String {
+pub(crate) fn speak(mut stream: impl Read + Write, words: &[&str]) -> String {
     let mut text = format!("*{}\r\n", words.len());
     words.iter().for_each(|word| text.push_str(&format!("${}\r\n{word}\r\n", word.len())));
     stream.write_all(text.as_bytes()).expect("a command is sent");
@@ -128,68 +186,25 @@ fn speak(mut stream: impl Read + Write, words: &[&str]) -> String {
     answer.trim_end().to_owned()
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
 
-/// A Sentinel that watches one master under the name `main`, and may fail it over on its own.
-pub(crate) struct Sentinel {
-    child: Child,
-    port: u16,
-    _home: TempDir,
+/// The library that lets a process see another time.
+fn faketime() -> PathBuf {
+    let places = std::fs::read_dir("/usr/lib").expect("/usr/lib").flatten().map(|entry| entry.path());
+    let mut found = places.map(|place| place.join("faketime/libfaketime.so.1")).filter(|path| path.exists());
+    found.next().expect("libfaketime is needed for this test (Debian: apt-get install faketime)")
 }
 
-impl Sentinel {
-    pub(crate) fn of(master: &Redis) -> Self {
-        let (home, port) = (TempDir::new().expect("a temporary directory"), free_port());
-        let file = home.path().join("sentinel.conf");
-        let text = format!(
-            "port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {} 1\n\
-             sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 5000\n",
-            master.port()
-        );
-        std::fs::write(&file, text).expect("a file");
-        let mut command = Command::new("redis-server");
-        command.arg(&file).arg("--sentinel").current_dir(home.path()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().expect("a Sentinel starts");
-        let sentinel = Self { child, port, _home: home };
-        let patience = Instant::now() + PATIENCE;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < patience, "the Sentinel did not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        sentinel
-    }
-
-    pub(crate) const fn port(&self) -> u16 {
-        self.port
-    }
-
-    pub(crate) fn ask(&self, words: &[&str]) -> String {
-        speak(TcpStream::connect(("127.0.0.1", self.port)).expect("the Sentinel listens"), words)
-    }
-
-    /// Whether it knows a replica that could take over.
-    pub(crate) fn is_ready(&self) -> bool {
-        self.ask(&["INFO", "sentinel"]).contains("status=ok,address=")
-            && self.ask(&["INFO", "sentinel"]).contains("slaves=1")
-    }
-}
-
-impl Drop for Sentinel {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn launch(home: &TempDir, more: &[String]) -> Child {
+fn launch(home: &TempDir, more: &[String], env: &[(&'static str, String)]) -> Child {
     let socket = home.path().join("redis.sock");
     let _ = std::fs::remove_file(&socket);
     let child = Command::new("redis-server")
         .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"])
         .arg(&socket)
         .args(more)
+        .envs(env.iter().map(|(name, value)| (name, value)))
         .current_dir(home.path())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
