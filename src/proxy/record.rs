@@ -6,6 +6,7 @@ use pingora_core::protocols::http::ServerSession;
 use pingora_core::{Error, ErrorSource};
 use tollgate_filters::access::AccessLine;
 use tollgate_filters::metrics::AbortPhase;
+use tollgate_filters::usage::UsageSource;
 
 use super::Ctx;
 use super::call::Outcome;
@@ -64,6 +65,9 @@ fn count(ctx: &Ctx, took: Duration, overhead: Duration) {
     }
     if let Some(usage) = &tally.usage {
         metrics.settled(usage);
+        if usage.source == UsageSource::Upstream && exchange.model.as_ref().is_some_and(|model| !model.name.is_empty()) {
+            metrics.estimated(exchange.prompt_tokens(), usage.input);
+        }
         if let (Some(first), Some(last)) = (tally.prefill, tally.last_token)
             && usage.output > 1
         {

@@ -174,7 +174,7 @@ fn dify_calls_need_no_model_and_stream_by_response_mode() {
     assert_eq!(call.prompt.tokens(), 4);
     assert!(!parse(CallKind::DifyWorkflow, r#"{"inputs":{},"response_mode":"blocking"}"#).stream);
     let bytes = Bytes::from(body);
-    assert_eq!(call.rewrite(&bytes, Some("x"), true), bytes);
+    assert_eq!(call.rewrite(&bytes, Some("x"), AskUsage::AtEnd), bytes);
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn a_completion_is_anchored_by_the_first_kibibyte_of_its_prompt() {
 
 fn rewritten(body: &str, model: Option<&str>) -> String {
     let call = Call::parse(CallKind::Completion, Dialect::Openai, body.as_bytes()).unwrap();
-    String::from_utf8(call.rewrite(&Bytes::copy_from_slice(body.as_bytes()), model, true).to_vec()).unwrap()
+    String::from_utf8(call.rewrite(&Bytes::copy_from_slice(body.as_bytes()), model, AskUsage::AtEnd).to_vec()).unwrap()
 }
 
 #[test]
@@ -282,8 +282,8 @@ fn a_body_that_needs_no_change_is_the_same_body() {
     ] {
         let bytes = Bytes::from(body);
         let call = chat(body).unwrap();
-        assert_eq!(call.rewrite(&bytes, Some("m"), true).as_ptr(), bytes.as_ptr());
-        assert_eq!(call.rewrite(&bytes, None, false).as_ptr(), bytes.as_ptr());
+        assert_eq!(call.rewrite(&bytes, Some("m"), AskUsage::AtEnd).as_ptr(), bytes.as_ptr());
+        assert_eq!(call.rewrite(&bytes, None, AskUsage::Nothing).as_ptr(), bytes.as_ptr());
         assert!(!call.hides_usage());
     }
     let embedding = Call::parse(CallKind::Embedding, Dialect::Openai, br#"{"model":"m","stream":true}"#).unwrap();
@@ -339,7 +339,7 @@ proptest! {
         let text = if pretty { serde_json::to_vec_pretty(&body).unwrap() } else { serde_json::to_vec(&body).unwrap() };
         let text = Bytes::from(text);
         let call = Call::parse(CallKind::Completion, Dialect::Openai, &text).unwrap();
-        let out = call.rewrite(&text, Some(&new), true);
+        let out = call.rewrite(&text, Some(&new), AskUsage::AtEnd);
 
         let mut expected = body.clone();
         expected.insert("model".into(), new.clone().into());
@@ -354,10 +354,10 @@ proptest! {
 
         // A second reading sees nothing left to do, and writing the old name back gives the old bytes where usage was not asked.
         let again = Call::parse(CallKind::Completion, Dialect::Openai, &out).unwrap();
-        prop_assert_eq!(again.rewrite(&out, Some(&new), true), out);
-        let renamed = call.rewrite(&text, Some(&new), false);
+        prop_assert_eq!(again.rewrite(&out, Some(&new), AskUsage::AtEnd), out);
+        let renamed = call.rewrite(&text, Some(&new), AskUsage::Nothing);
         let again = Call::parse(CallKind::Completion, Dialect::Openai, &renamed).unwrap();
-        prop_assert_eq!(again.rewrite(&renamed, call.model.as_deref(), false), text);
+        prop_assert_eq!(again.rewrite(&renamed, call.model.as_deref(), AskUsage::Nothing), text);
     }
 
     #[test]
@@ -403,7 +403,7 @@ fn speed_of_a_32_mib_body() {
         let call = Call::parse(kind, Dialect::Openai, &text).unwrap();
         let speed = text.len() as f64 / (cpu_seconds() - start) / 1e6;
         let start = cpu_seconds();
-        let out = call.rewrite(&text, Some("other"), true);
+        let out = call.rewrite(&text, Some("other"), AskUsage::AtEnd);
         let copy = out.len() as f64 / (cpu_seconds() - start) / 1e6;
         println!("{name}: parse {speed:.0} MB/s, rewrite {copy:.0} MB/s, {} tokens", call.prompt.tokens());
     }

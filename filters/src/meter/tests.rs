@@ -58,7 +58,7 @@ fn run(mut meter: Meter, chunks: &[&[u8]]) -> Whole {
 }
 
 fn chat(hide: bool) -> Meter {
-    Meter::stream(Dialect::Openai, CallKind::Chat, hide)
+    Meter::stream(Dialect::Openai, CallKind::Chat, if hide { UsageView::Nothing } else { UsageView::All })
 }
 
 fn chat_of(text: &str) -> Whole {
@@ -192,7 +192,7 @@ const ANTHROPIC: &str = concat!(
 
 #[test]
 fn anthropic_states_input_first_and_output_last() {
-    let meter = || Meter::stream(Dialect::Anthropic, CallKind::Messages, true);
+    let meter = || Meter::stream(Dialect::Anthropic, CallKind::Messages, UsageView::Nothing);
     let whole = run(meter(), &[ANTHROPIC.as_bytes()]);
     assert_eq!(whole.forward, ANTHROPIC.as_bytes());
     assert_eq!(whole.usage, usage(60, 30, 15, UsageSource::Upstream));
@@ -213,7 +213,7 @@ fn a_dify_chatflow_is_not_counted_twice() {
         "data: {\"event\":\"message_end\",\"metadata\":{\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7,\"total_tokens\":18}}}\n\n",
         "data: {\"event\":\"workflow_finished\",\"data\":{\"status\":\"succeeded\",\"total_tokens\":18,\"outputs\":{}}}\n\n",
     );
-    let whole = run(Meter::stream(Dialect::Dify, CallKind::DifyChat, true), &[text.as_bytes()]);
+    let whole = run(Meter::stream(Dialect::Dify, CallKind::DifyChat, UsageView::Nothing), &[text.as_bytes()]);
     assert_eq!(whole.usage, usage(11, 0, 7, UsageSource::Upstream));
     assert!(whole.token && whole.done && whole.error.is_none());
     assert_eq!(whole.forward, text.as_bytes());
@@ -221,7 +221,7 @@ fn a_dify_chatflow_is_not_counted_twice() {
 
 fn workflow(events: &[&str]) -> Whole {
     let text: String = events.iter().map(|event| format!("data: {event}\n\n")).collect();
-    run(Meter::stream(Dialect::Dify, CallKind::DifyWorkflow, false), &[text.as_bytes()])
+    run(Meter::stream(Dialect::Dify, CallKind::DifyWorkflow, UsageView::All), &[text.as_bytes()])
 }
 
 #[test]
@@ -312,7 +312,7 @@ fn a_plain_answer_that_is_cut_off_or_no_object_is_malformed() {
 #[test]
 fn what_is_not_understood_passes() {
     for dialect in [Dialect::None, Dialect::Gemini] {
-        let whole = run(Meter::stream(dialect, CallKind::Other, true), &[b"any", b"thing"]);
+        let whole = run(Meter::stream(dialect, CallKind::Other, UsageView::Nothing), &[b"any", b"thing"]);
         assert_eq!(whole.forward, b"anything");
         assert!(whole.token && whole.done && !whole.malformed);
         assert_eq!(whole.usage, usage(100, 0, 0, UsageSource::Estimated));
