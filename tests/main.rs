@@ -20,3 +20,4 @@ mod redis;
 mod routing;
 mod sdk;
 mod stream;
+mod tokens;
