@@ -11,6 +11,7 @@ use crate::auth::Caller;
 use crate::call::Call;
 use crate::dialect::Dialect;
 use crate::limit::{Reservation, RuleSet, Standings};
+use crate::meter::exact::{self, Vocabulary};
 use crate::model::{Model, Target};
 use crate::trace::{RequestId, TraceContext};
 use crate::usage::Usage;
@@ -119,6 +120,23 @@ impl Exchange {
     /// Where the call is answered: the target of the last attempt, before the first one the target it will begin with.
     pub fn target(&self) -> Option<&Target> {
         self.target.as_ref().or_else(|| self.model.as_ref()?.targets.first())
+    }
+
+    /// The vocabulary that may count better than the estimate does: the model's own, or any while nothing was learned of the model.
+    pub fn vocabulary(&self) -> Option<Vocabulary> {
+        let target = self.target()?;
+        let better = target.tokens.own || target.learned.input.known().is_none();
+        better.then_some(target.tokens.vocabulary)
+    }
+
+    /// Counts the prompt in `body`, which is the call's, where that is better than the estimate. A body that is too long stays estimated.
+    pub async fn count_prompt(&mut self, body: &[u8]) {
+        let Some(vocabulary) = self.vocabulary().filter(|_| self.prompt_counted.is_none()) else { return };
+        let Some(call) = self.call.as_ref().filter(|_| !body.is_empty() && body.len() <= exact::LONGEST) else {
+            return;
+        };
+        let counted = vocabulary.count_apart(call.prompt_text(body)).await;
+        self.prompt_counted = counted.map(|text| call.prompt.with_text(text));
     }
 
     /// Tokens of the prompt as far as we can tell: counted, or estimated and corrected by what was learned of the model.

@@ -181,6 +181,11 @@ impl Meter {
         self.tally.uncovered()
     }
 
+    /// Whether the upstream has stated what the prompt cost.
+    pub fn states_input(&self) -> bool {
+        self.tally.states_input()
+    }
+
     /// Tokens of what [`uncovered`](Self::uncovered) gave.
     pub fn recount(&mut self, tokens: u64) {
         self.tally.recount(tokens);

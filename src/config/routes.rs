@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::de::{self, Deserializer};
 use serde::Deserialize;
+use serde::de::{self, Deserializer};
 use tollgate_filters::auth::AuthConfig;
 use tollgate_filters::config::{Period, Size};
 use tollgate_filters::cors::Cors;

@@ -15,13 +15,13 @@ use pingora_http::{RequestHeader, ResponseHeader};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tollgate_filters::call::{AskUsage, CallKind};
-use tollgate_filters::meter::Meter;
+use tollgate_filters::meter::{Meter, exact};
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure, class_of_status};
 use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
-use super::upstream::{self, Forwarded};
 use super::leave::Client;
+use super::upstream::{self, Forwarded};
 use super::{Ctx, pass};
 use crate::gateway::ByteShare;
 
@@ -57,6 +57,16 @@ impl Dispatch {
         Self { body, rewritten: None, forwarded: pass::forwarded(client, ctx), _share: share }
     }
 
+    /// The body as the client wrote it.
+    pub(crate) fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// What may still be needed to count the prompt, once nothing is sent again.
+    pub(crate) fn prompt(self) -> Option<Prompt> {
+        (self.body.len() <= exact::LONGEST).then_some(Prompt { body: self.body, _share: self._share })
+    }
+
     /// The body for a target: the model's name there, and the usage asked for.
     fn body_for(&mut self, ctx: &Ctx, target: &Target) -> Bytes {
         let ask = asked(target);
@@ -72,6 +82,13 @@ impl Dispatch {
         self.rewritten = Some((std::sync::Arc::clone(&target.model), ask, body.clone()));
         body
     }
+}
+
+/// A body that is kept while its answer streams, in case the upstream does not say what the prompt cost.
+pub(crate) struct Prompt {
+    /// The body as the client wrote it.
+    pub(crate) body: Bytes,
+    _share: ByteShare,
 }
 
 /// What the nodes of a target are asked to tell of the usage of a stream.
@@ -132,8 +149,9 @@ pub(crate) async fn run(
     tokio::pin!(timer);
     let (up, peer) = loop {
         let toward = (upstream, node, credential);
-        let head = upstream::call_head(client.session().req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
-            .map_err(|e| failed(Class::ServerError, e.to_string()))?;
+        let head =
+            upstream::call_head(client.session().req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
+                .map_err(|e| failed(Class::ServerError, e.to_string()))?;
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
         // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
         let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
@@ -194,7 +212,7 @@ pub(crate) async fn run(
         credential: credential.cloned(),
     });
     if let Err(end) = hold(client, timer, &mut answer).await {
-        if matches!(end, End::ClientGone) && answer.status.is_success() {
+        if matches!(end, End::ClientGone) && answer.status.is_success() && answer.meter.states_input() {
             // Nothing was shown yet, but the node may have said what the prompt cost.
             ctx.exchange.tally.usage = Some(answer.meter.usage(ctx.exchange.prompt_tokens()));
         }

@@ -15,7 +15,7 @@ use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
 use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
-use tollgate_filters::usage::Usage;
+use tollgate_filters::usage::{Usage, UsageSource};
 
 use super::attempt::{self, Dispatch, End};
 use super::leave::Client;
@@ -190,14 +190,14 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
                 let refused = answer.status.is_client_error();
                 let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
                 observe_attempt(ctx, &target.upstream, &node, outcome);
-                // Nothing is sent again from here on: the body need not be held while the answer streams.
-                drop(request);
-                return relay::run(watched, ctx, answer).await;
+                // Nothing is sent again from here on: a large body is not held while the answer streams.
+                let prompt = request.prompt().filter(|_| !answer.meter.states_input());
+                return relay::run(watched, ctx, answer, prompt).await;
             }
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
-                note_prompt(ctx);
+                note_prompt(ctx, request.body()).await;
                 return Outcome::ClientGone;
             }
             Err(End::Failed(failure)) => {
@@ -230,10 +230,12 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
 }
 
 /// A call that was sent costs its prompt, even if its client did not wait for a token.
-fn note_prompt(ctx: &mut Ctx) {
-    let input = ctx.exchange.prompt_tokens();
-    if ctx.exchange.tally.dispatched {
-        ctx.exchange.tally.usage.get_or_insert(Usage { input, ..Usage::default() });
+async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
+    if ctx.exchange.tally.dispatched && ctx.exchange.tally.usage.is_none() {
+        ctx.exchange.count_prompt(body).await;
+        let input = ctx.exchange.prompt_tokens();
+        let source = if ctx.exchange.prompt_counted.is_some() { UsageSource::Counted } else { UsageSource::Estimated };
+        ctx.exchange.tally.usage = Some(Usage { input, source, ..Usage::default() });
     }
 }
 

@@ -67,7 +67,8 @@ fn count(ctx: &Ctx, took: Duration, overhead: Duration, estimate: u64) {
     }
     if let Some(usage) = &tally.usage {
         metrics.settled(usage);
-        if usage.source == UsageSource::Upstream && exchange.model.as_ref().is_some_and(|model| !model.name.is_empty()) {
+        if usage.source == UsageSource::Upstream && exchange.model.as_ref().is_some_and(|model| !model.name.is_empty())
+        {
             metrics.estimated(estimate, usage.input);
         }
         if let (Some(first), Some(last)) = (tally.prefill, tally.last_token)

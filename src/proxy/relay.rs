@@ -10,7 +10,7 @@ use tollgate_filters::dialect;
 use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::meter::Meter;
 
-use super::attempt::Answer;
+use super::attempt::{Answer, Prompt};
 use super::call::Outcome;
 use super::leave::{Client, Gone};
 use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
@@ -26,7 +26,14 @@ const CAUGHT_UP: usize = 256;
 const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
 
 /// Shows the answer to the client and relays it to its end.
-pub(crate) async fn run(mut client: Client<'_>, ctx: &mut Ctx, mut answer: Box<Answer>) -> Outcome {
+///
+/// `prompt` is what to count the prompt by, should the upstream not state what it cost.
+pub(crate) async fn run(
+    mut client: Client<'_>,
+    ctx: &mut Ctx,
+    mut answer: Box<Answer>,
+    prompt: Option<Prompt>,
+) -> Outcome {
     if !client.is_gone() {
         note_first_token(ctx, &answer);
     }
@@ -58,13 +65,16 @@ pub(crate) async fn run(mut client: Client<'_>, ctx: &mut Ctx, mut answer: Box<A
         drop(up);
     }
     if charged {
-        settle(ctx, &mut meter).await;
+        settle(ctx, &mut meter, prompt).await;
     }
     outcome
 }
 
 /// What the answer cost, to the best of what can be known.
-async fn settle(ctx: &mut Ctx, meter: &mut Meter) {
+async fn settle(ctx: &mut Ctx, meter: &mut Meter, prompt: Option<Prompt>) {
+    if let Some(prompt) = prompt.filter(|_| !meter.states_input()) {
+        ctx.exchange.count_prompt(&prompt.body).await;
+    }
     if let (Some(uncovered), Some(target)) = (meter.uncovered(), &ctx.exchange.target) {
         let tokens = uncovered.tokens(target.tokens, Some(&target.learned.output)).await;
         meter.recount(tokens);
@@ -294,7 +304,8 @@ async fn break_off(client: &mut Client<'_>, ctx: &mut Ctx, error: GatewayError, 
     if client.is_gone() {
         return Outcome::ClientGone;
     }
-    let is_stream = client.session().response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
+    let is_stream =
+        client.session().response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
     if is_stream && ctx.exchange.tally.first_token.is_some() {
         let event = dialect::error_event(ctx.exchange.arrival.dialect, &error, request_id.as_str());
         let _ = forward(client, ctx, event).await;

@@ -12,7 +12,6 @@ use crate::config::ConfigError;
 use crate::error::{GatewayError, Result};
 use crate::exchange::Exchange;
 use crate::filter::{Deps, Filter, Flow};
-use crate::meter::exact::{self, Vocabulary};
 use crate::metrics::{self, Metrics};
 use crate::usage::UsageSource;
 
@@ -63,7 +62,7 @@ impl Limit {
     /// Counts the prompt exactly if its estimate lies so near the limit that its error decides.
     async fn sharpen(&self, exchange: &mut Exchange, plan: &Plan, estimate: Estimate) -> Estimate {
         let Some(room) = self.ledger.room(plan) else { return estimate };
-        let Some(vocabulary) = vocabulary(exchange) else { return estimate };
+        let Some(vocabulary) = exchange.vocabulary() else { return estimate };
         let all = estimate.prompt.saturating_add(estimate.completion);
         if all >= room / EARLY {
             // The limit comes near: one of the next calls may have to be counted.
@@ -73,11 +72,7 @@ impl Limit {
             return estimate;
         }
         let body = exchange.body.clone();
-        let Some(call) = exchange.call.as_ref().filter(|_| !body.is_empty() && body.len() <= exact::LONGEST) else {
-            return estimate;
-        };
-        let counted = vocabulary.count_apart(call.prompt_text(&body)).await;
-        exchange.prompt_counted = counted.map(|text| call.prompt.with_text(text));
+        exchange.count_prompt(&body).await;
         Estimate { prompt: exchange.prompt_counted.unwrap_or(estimate.prompt), ..estimate }
     }
 
@@ -98,13 +93,6 @@ impl Limit {
             self.ledger.guesses().observe(key, model, usage.output.div_ceil(u64::from(call.n.max(1))));
         }
     }
-}
-
-/// The vocabulary that may count better than the estimate does: the model's own, or any while nothing was learned of the model.
-fn vocabulary(exchange: &Exchange) -> Option<Vocabulary> {
-    let target = exchange.target()?;
-    let better = target.tokens.own || target.learned.input.known().is_none();
-    better.then_some(target.tokens.vocabulary)
 }
 
 /// Whether the two lie within 15 % of each other: the error that an estimate may well have.
@@ -179,9 +167,15 @@ mod tests {
 
     #[test]
     fn near_is_within_15_percent_on_either_side() {
-        for (tokens, room, near) in
-            [(85, 100, true), (84, 100, false), (100, 85, true), (100, 84, false), (0, 0, true), (1, 0, false), (7, 8, true)]
-        {
+        for (tokens, room, near) in [
+            (85, 100, true),
+            (84, 100, false),
+            (100, 85, true),
+            (100, 84, false),
+            (0, 0, true),
+            (1, 0, false),
+            (7, 8, true),
+        ] {
             assert_eq!(is_near(tokens, room), near, "{tokens} of {room}");
         }
         assert!(is_near(u64::MAX, u64::MAX) && !is_near(0, u64::MAX));

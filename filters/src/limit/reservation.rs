@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock::{Clock, Instant64, SystemClock};
+use super::dimension::Unit;
 use super::guess::Guesses;
 use super::memory::{LeaseId, MemoryStore, Verdicts};
 use super::redis::shared::{Answer, Live, RedisOptions, Shared};
-use super::dimension::Unit;
 use super::rule::{Plan, Rule, ScopeId};
 use super::standing::Standings;
 use super::watch::Watch;

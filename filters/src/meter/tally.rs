@@ -152,6 +152,10 @@ impl Tally {
         self.text.tokens()
     }
 
+    pub(super) fn states_input(&self) -> bool {
+        self.free || self.total.is_some() || self.stated.is_some_and(|counts| counts.input.is_some_and(|n| n > 0))
+    }
+
     /// Takes out the text that is to be counted better, if there is any.
     pub(super) fn uncovered(&mut self) -> Option<Uncovered> {
         let all = self.since();
