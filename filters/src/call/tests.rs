@@ -275,6 +275,63 @@ fn only_the_model_and_the_wish_for_usage_are_written() {
 }
 
 #[test]
+fn usage_with_every_event_is_asked_for_and_shown_only_to_who_asked() {
+    for (options, written, view) in [
+        ("", r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#, UsageView::Nothing),
+        (
+            r#","stream_options":null"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{}"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{"include_usage":false,"x":1}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true,"x":1}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::AtEnd,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":false,"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::AtEnd,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::All,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":true}"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+    ] {
+        let body = format!(r#"{{"model":"m","stream":true{options}}}"#);
+        let call = Call::parse(CallKind::Completion, Dialect::Openai, body.as_bytes()).unwrap();
+        let out = call.rewrite(&Bytes::from(body), None, AskUsage::Always);
+        assert_eq!(std::str::from_utf8(&out).unwrap(), format!(r#"{{"model":"m","stream":true{written}}}"#));
+        assert_eq!(call.usage_view(AskUsage::Always), view, "{options}");
+    }
+}
+
+#[test]
+fn the_text_of_a_prompt_is_what_its_estimate_counts() {
+    let body = r#"{"model":"m","messages":[{"role":"user","content":"one\ntwo"},{"role":"user","content":[{"type":"text","text":"thr\u00e9e"},{"type":"image_url","image_url":{"url":"http://x"}}]}],"tools":[{"a":1}]}"#;
+    let call = chat(body).unwrap();
+    let text = String::from_utf8(call.prompt_text(body.as_bytes())).unwrap();
+    assert_eq!(text, "one\ntwo\0thr\u{e9}e\0[{\"a\":1}]\0");
+    assert!(!call.prompt.is_text() && call.prompt.with_text(7) == 7 + call.prompt.with_text(0));
+}
+
+#[test]
 fn a_body_that_needs_no_change_is_the_same_body() {
     for body in [
         r#"{"model":"m","stream":true,"stream_options":{"include_usage":true},"messages":[1]}"#,
