@@ -1,5 +1,6 @@
 //! The client of a call, watched while an upstream works for it: whether it is still there, and what its leaving means.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +11,6 @@ use tokio::time::{Instant, sleep_until};
 use super::Ctx;
 use crate::gateway::Gateway;
 use crate::runtime::OnAbort;
-use std::sync::Arc;
 
 /// A client, and what becomes of the work for it once it has left.
 pub(crate) struct Client<'c> {
