@@ -16,7 +16,7 @@ use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::HttpProxy;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
 use tollgate_filters::auth::keyring::Keyring;
@@ -27,7 +27,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin;
 use crate::config::{self, Document, Loaded, Threads};
-use crate::gateway::{ByteBudget, Cut, Gateway};
+use crate::gateway::{ByteBudget, Cut, DRAINS, Gateway};
 use crate::listen::{self, Caps, Listening};
 use crate::proxy::Proxy;
 use crate::runtime::{self, Checked, Lasting, resolve};
@@ -95,7 +95,9 @@ impl Server {
             buffered: ByteBudget::new(document.server.limits.buffered_bytes.0),
             open: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            leaving: Cut::default(),
             cut: Cut::default(),
+            drains: Arc::new(Semaphore::new(DRAINS)),
             started: Instant::now(),
             started_at: SystemTime::now(),
         });
@@ -154,6 +156,7 @@ impl Server {
             _ = terminate.recv() => {
                 tracing::info!(open = gateway.open.load(Ordering::Acquire), "draining");
                 gateway.draining.store(true, Ordering::Release);
+                gateway.leaving.now();
                 let _ = stop.send(true);
                 self.app.http_cleanup().await;
                 drain(&gateway, &mut interrupt, self.drain).await;

@@ -26,3 +26,4 @@ mod redis_places;
 mod routing;
 mod sdk;
 mod stream;
+mod tokens;

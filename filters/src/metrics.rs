@@ -36,6 +36,8 @@ const ANSWER: &[f64] =
 /// 1 ms to 2 s: one output token.
 const TOKEN: &[f64] =
     &[1e-3, 2.5e-3, 5e-3, 10e-3, 15e-3, 20e-3, 30e-3, 40e-3, 50e-3, 75e-3, 100e-3, 200e-3, 500e-3, 1.0, 2.0];
+/// 1 % to twice the truth.
+const ERROR: &[f64] = &[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0];
 /// 50 µs to 1 s: one operation of the store.
 const STORE: &[f64] = &[50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 100e-3, 1.0];
 
@@ -73,6 +75,8 @@ families! {
         "Tokens settled; cached tokens are a part of the input.";
     tokens_estimated: IntCounter = "tollgate_tokens_estimated_total" ["model", "reason"] &[],
         "Tokens settled without a figure of the upstream, by reason.";
+    estimate_error: Histogram = "tollgate_estimate_error_ratio" ["model"] ERROR,
+        "How far the estimate of a prompt lay from what the upstream stated, as a share of the latter.";
     cost: Counter = "tollgate_cost_total" ["model", "key", "currency"] &[],
         "Cost of settled tokens by the configured prices.";
     attempts: IntCounter = "tollgate_attempts_total" ["upstream", "node", "outcome"] &[],

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use crate::limit::RuleSet;
+use crate::meter::exact::Tokens;
+use crate::meter::learned::Learned;
 use crate::retry::Class;
 use crate::upstream::Upstream;
 use crate::usage::Usage;
@@ -31,6 +33,10 @@ pub struct Target {
     pub model: Arc<str>,
     /// What must have happened before for this target to be tried.
     pub on: Vec<Class>,
+    /// How the model cuts text into tokens.
+    pub tokens: Tokens,
+    /// How far its own counts lie from our estimates.
+    pub learned: Arc<Learned>,
 }
 
 /// How attempts follow each other.

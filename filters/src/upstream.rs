@@ -18,6 +18,8 @@ pub struct Upstream {
     pub name: Arc<str>,
     /// What its API speaks.
     pub dialect: Dialect,
+    /// Whether its nodes can state the usage of a stream with every event, as vLLM can.
+    pub continuous_usage: bool,
     /// How a node is chosen.
     pub policy: Policy,
     /// Its nodes.

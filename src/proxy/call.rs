@@ -15,8 +15,10 @@ use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::{Model, Target};
 use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{InFlight, Node, Upstream};
+use tollgate_filters::usage::{Usage, UsageSource};
 
 use super::attempt::{self, Dispatch, End};
+use super::leave::Client;
 use super::{Ctx, body, relay, reply};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
@@ -85,7 +87,10 @@ async fn admit(client: &ServerSession, ctx: &mut Ctx, callee: &Callee, body: &By
     };
     ctx.exchange.call = Some(call);
     ctx.exchange.model = Some(model);
-    route.chain.request(&mut ctx.exchange).await
+    ctx.exchange.body = body.clone();
+    let admitted = route.chain.request(&mut ctx.exchange).await;
+    ctx.exchange.body = Bytes::new();
+    admitted
 }
 
 async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
@@ -162,6 +167,7 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
     let retry = model.retry;
     let mut course = Course { model, tried: SmallVec::new(), last: None, attempts: 0 };
     let mut request = Dispatch::new(client, ctx, body, share);
+    let mut watched = Client::new(client, ctx);
     let marks = marks(ctx);
     while course.attempts < retry.attempts {
         let Some(chosen) = course.next(marks) else { break };
@@ -172,11 +178,11 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
         let gateway = Arc::clone(&ctx.gateway);
         let ended = tokio::select! {
             biased;
-            ended = attempt::run(client, ctx, &mut request, (&target, &node), guard) => ended,
+            ended = attempt::run(&mut watched, ctx, &mut request, (&target, &node), guard) => ended,
             () = gateway.cut.wait() => {
                 ctx.exchange.tally.upstream_time += began.elapsed();
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
-                return refuse(client, ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
+                return refuse(watched.session(), ctx, &GatewayError::Unavailable(Unavailable::Draining)).await;
             }
         };
         match ended {
@@ -184,16 +190,21 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
                 let refused = answer.status.is_client_error();
                 let outcome = if refused { Attempted::ClientError } else { Attempted::Ok };
                 observe_attempt(ctx, &target.upstream, &node, outcome);
-                // Nothing is sent again from here on: the body need not be held while the answer streams.
-                drop(request);
-                return relay::run(client, ctx, answer).await;
+                // Nothing is sent again from here on: a large body is not held while the answer streams.
+                let prompt = request.prompt().filter(|_| !answer.meter.states_input());
+                return relay::run(watched, ctx, answer, prompt).await;
             }
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
+                note_prompt(ctx, request.body()).await;
                 return Outcome::ClientGone;
             }
             Err(End::Failed(failure)) => {
+                if let Some(reservation) = &mut ctx.exchange.reservation {
+                    reservation.failed();
+                }
+                ctx.exchange.tally.dispatched = false;
                 ctx.exchange.tally.upstream_time += began.elapsed();
                 observe_attempt(ctx, &target.upstream, &node, failure.class.into());
                 node.state.failed();
@@ -205,17 +216,27 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
                 let silent = matches!(failure.class, Class::Connect | Class::Timeout | Class::FirstToken);
                 course.tried.push(Tried { target: index, node, silent });
                 course.last = Some(failure);
-                if final_word {
+                if final_word || watched.is_gone() {
                     break;
                 }
             }
         }
     }
-    let error = course.last.map_or(GatewayError::Unavailable(Unavailable::NoHealthyUpstream), Failure::into_error);
-    if let Some(reservation) = &mut ctx.exchange.reservation {
-        reservation.failed();
+    if watched.is_gone() {
+        return Outcome::ClientGone;
     }
-    refuse(client, ctx, &error).await
+    let error = course.last.map_or(GatewayError::Unavailable(Unavailable::NoHealthyUpstream), Failure::into_error);
+    refuse(watched.session(), ctx, &error).await
+}
+
+/// A call that was sent costs its prompt, even if its client did not wait for a token.
+async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
+    if ctx.exchange.tally.dispatched && ctx.exchange.tally.usage.is_none() {
+        ctx.exchange.count_prompt(body).await;
+        let input = ctx.exchange.prompt_tokens();
+        let source = if ctx.exchange.prompt_counted.is_some() { UsageSource::Counted } else { UsageSource::Estimated };
+        ctx.exchange.tally.usage = Some(Usage { input, source, ..Usage::default() });
+    }
 }
 
 /// A Dify run must not start twice: it is tried elsewhere only if it surely did not start.
@@ -240,6 +261,7 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     tally.attempts = course.attempts;
     tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
     tally.node = Some(Arc::clone(&chosen.node.name));
+    ctx.exchange.target = Some(chosen.target.clone());
     tally.target_model = Some(Arc::clone(&chosen.target.model));
 }
 

@@ -17,12 +17,14 @@ use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
+use tollgate_filters::meter::exact::Tokens;
+use tollgate_filters::meter::learned::Learned;
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
 use tollgate_filters::upstream::{Credential, Node, NodeState, Pool, Timeouts, Upstream};
 
-use super::{Callee, Checked, Lane, Lasting, Pass, Route, Runtime};
+use super::{Callee, Checked, Lane, Lasting, OnAbort, Pass, Route, Runtime};
 use crate::config::{self, Allowed, Document, Toggle};
 
 type Built<T> = Result<T, ConfigError>;
@@ -50,10 +52,11 @@ pub(crate) fn build(
         metrics: Arc::clone(&lasting.metrics),
     };
     let upstreams = upstreams(document, before, world)?;
-    let models = models(document, &upstreams);
+    let mut lessons = Lessons { before, all: HashMap::new() };
+    let models = models(document, &upstreams, &mut lessons);
     let mut router = Router::default();
     for (index, route) in document.routes.iter().enumerate() {
-        router.push(matcher(route), Arc::new(build_route(route, index, &upstreams, &deps)?));
+        router.push(matcher(route), Arc::new(build_route(route, index, &upstreams, &mut lessons, &deps)?));
     }
     let nodes = upstreams.values().flat_map(|u| {
         u.nodes.iter().map(|n| ((Arc::clone(&u.name), Arc::clone(&n.name)), lasting.metrics.node(&u.name, &n.name)))
@@ -63,6 +66,7 @@ pub(crate) fn build(
         hash: checked.hash.to_owned(),
         since: SystemTime::now(),
         router,
+        learned: lessons.all,
         models,
         nodes: nodes.collect::<HashMap<_, _>>(),
         upstreams,
@@ -89,6 +93,7 @@ fn own(name: &str, deps: &Deps, chain: Chain) -> Route {
         chain,
         body_bytes: None,
         lane: Lane::Own,
+        on_abort: OnAbort::Cancel,
         metrics: deps.metrics.route(name),
     }
 }
@@ -166,6 +171,7 @@ fn upstreams(
         let upstream = Upstream {
             name: name.as_str().into(),
             dialect: written.dialect,
+            continuous_usage: written.engine == config::Engine::Vllm,
             policy: policy(written.balance),
             nodes: written.nodes.iter().map(|n| Arc::new(node(n, known))).collect(),
             credentials,
@@ -223,13 +229,32 @@ fn node(written: &config::Node, known: Option<&Arc<Upstream>>) -> Node {
     }
 }
 
-fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> BTreeMap<Box<str>, Arc<Model>> {
+/// What was learned of models, handed on to the next configuration as far as it still has them.
+struct Lessons<'a> {
+    before: Option<&'a Runtime>,
+    all: HashMap<(Arc<str>, Arc<str>), Arc<Learned>>,
+}
+
+impl Lessons<'_> {
+    fn target(&mut self, upstream: Arc<Upstream>, model: &str, on: Vec<Class>) -> Target {
+        let model: Arc<str> = model.into();
+        let names = (Arc::clone(&upstream.name), Arc::clone(&model));
+        let known = self.before.and_then(|before| before.learned.get(&names));
+        let learned = self.all.entry(names).or_insert_with(|| known.map(Arc::clone).unwrap_or_default());
+        Target { upstream, tokens: Tokens::of(&model), learned: Arc::clone(learned), model, on }
+    }
+}
+
+fn models(
+    document: &Document,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    lessons: &mut Lessons<'_>,
+) -> BTreeMap<Box<str>, Arc<Model>> {
     let mut all = BTreeMap::new();
     for (name, written) in &document.models {
         let targets = written.targets.iter().filter_map(|target| {
             let upstream = Arc::clone(upstreams.get(&target.upstream)?);
-            let model = target.model.as_deref().unwrap_or(name).into();
-            Some(Target { upstream, model, on: target.on.clone() })
+            Some(lessons.target(upstream, target.model.as_deref().unwrap_or(name), target.on.clone()))
         });
         let model = Arc::new(Model {
             name: name.as_str().into(),
@@ -280,6 +305,7 @@ fn build_route(
     written: &config::Route,
     index: usize,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
+    lessons: &mut Lessons<'_>,
     deps: &Deps,
 ) -> Built<Route> {
     let missing = |name: &str| ConfigError::new(format!("routes[{index}]"), format!("there is no upstream `{name}`"));
@@ -289,7 +315,7 @@ fn build_route(
         (Some(call), _) => match &call.upstream {
             Some(name) => {
                 let upstream = find(name)?;
-                (Lane::Call(Callee::Upstream(Arc::new(nameless(&upstream)))), Some(upstream))
+                (Lane::Call(Callee::Upstream(Arc::new(nameless(&upstream, lessons)))), Some(upstream))
             }
             None => (Lane::Call(Callee::Models(call.models.clone().unwrap_or_default())), None),
         },
@@ -314,13 +340,17 @@ fn build_route(
         chain: chain(written, index, deps)?,
         body_bytes: written.body_bytes.map(|s| s.0),
         lane,
+        on_abort: match written.on_abort {
+            config::OnAbort::Cancel => OnAbort::Cancel,
+            config::OnAbort::Drain(at_most) => OnAbort::Drain(at_most.0),
+        },
         metrics: deps.metrics.route(&written.name),
     })
 }
 
 /// A route to one upstream has a model without a name: its calls are sent as they are.
-fn nameless(upstream: &Arc<Upstream>) -> Model {
-    let target = Target { upstream: Arc::clone(upstream), model: "".into(), on: Class::DEFAULT.to_vec() };
+fn nameless(upstream: &Arc<Upstream>, lessons: &mut Lessons<'_>) -> Model {
+    let target = lessons.target(Arc::clone(upstream), "", Class::DEFAULT.to_vec());
     Model {
         name: "".into(),
         targets: vec![target],

@@ -33,9 +33,11 @@ enum Risk {
     Refuse,
     /// Less comfort or speed.
     Warn,
+    /// The same, and a part of it works.
+    Partly,
 }
 
-use Risk::{Refuse, Warn};
+use Risk::{Partly, Refuse, Warn};
 use When::{Asked, Beside, Says, Without};
 
 const fn lack(path: &'static str, when: When, risk: Risk, hint: &'static str) -> Lack {
@@ -53,7 +55,7 @@ pub(in crate::config) const LACKS: &[Lack] = &[
     lack("upstreams.*.discover", Beside("nodes"), Warn, "only the nodes under `nodes` get calls"),
     lack("upstreams.*.health", Asked, Warn, "no node is probed; calls go on to the next node when one fails"),
     lack("upstreams.*.eject", Asked, Warn, "no node is taken out; calls go on to the next node when one fails"),
-    lack("upstreams.*.engine", Asked, Warn, "no node is polled; load is what this gateway has in flight"),
+    lack("upstreams.*.engine", Asked, Partly, "vLLM is asked for usage with every event, but no node is polled; load is what this gateway has in flight"),
     lack("upstreams.*.cooldown", Asked, Warn, "credentials are used in turn, also after 429 or 401"),
     lack("upstreams.*.budget", Asked, Warn, "the provider's own 429 is what holds calls back"),
     lack("upstreams.*.pool.queue", Asked, Warn, "calls are refused at once while every node is full"),
@@ -61,12 +63,11 @@ pub(in crate::config) const LACKS: &[Lack] = &[
     lack("models.*.targets.[].continues", Asked, Warn, "a broken stream ends with an error event"),
     lack("models.*.targets.[].on.[]", Says(&["context_length", "content_filter"]), Warn, "the client gets such an answer as it is"),
     lack("models.*.retry.budget", Asked, Warn, "only `attempts` bounds how often a call is tried"),
-    lack("routes.[].on_abort", Asked, Warn, "the attempt is given up when the client leaves"),
     lack("routes.[].filters.cache", Asked, Warn, "every call is answered by a node"),
 ];
 
 /// The words that ask for nothing.
-const NOTHING: &[&str] = &["off", "none", "cancel"];
+const NOTHING: &[&str] = &["off", "none"];
 
 impl When {
     fn holds(&self, holder: &Tree, value: &Tree) -> bool {
@@ -100,6 +101,7 @@ impl Check<'_> {
             for (at, subject) in lack.found(&places.tree) {
                 match lack.risk {
                     Refuse => self.error(&at, format!("`{subject}` is not supported yet"), Some(lack.hint.to_owned())),
+                    Partly => self.warn(&at, format!("`{subject}` is acted on only in part yet"), lack.hint),
                     Warn => self.warn(&at, format!("`{subject}` is read but not acted on yet"), lack.hint),
                 }
             }
