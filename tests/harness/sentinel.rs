@@ -59,4 +59,3 @@ impl Drop for Sentinel {
         let _ = self.child.wait();
     }
 }
-

@@ -33,8 +33,8 @@ use refused::Refusals;
 
 /// Settlements that wait for the store at most; more than that, and leases are left to expire.
 const QUEUE: usize = 65_536;
-/// Settlements in one question to the store.
-const BATCH: usize = 64;
+/// Settlements in one question to the store: as many as keep it for a fraction of a reservation's budget.
+const BATCH: usize = 16;
 /// How long anything may take that no call waits for.
 const PATIENCE: Duration = Duration::from_millis(250);
 const SHARDS: usize = 16;

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use tollgate_filters::config::Secret;
 use tollgate_filters::limit::{
     Decision, Estimate, Ledger, Limit, Limits, Plan, RedisOptions, Reservation, RuleSet, Scope, Watch, WhenDown,
 };
+use tollgate_filters::store::Address;
 use tollgate_filters::usage::Usage;
 
 use super::replay::Replay;
@@ -34,6 +34,8 @@ impl Watch for Counted {
         self.reserved.fetch_add(u64::from(op == "reserve"), Ordering::Relaxed);
         self.settled.fetch_add(u64::from(op == "settle"), Ordering::Relaxed);
     }
+
+    fn refused_again(&self) {}
 }
 
 pub(super) struct Bench<'a> {
@@ -123,12 +125,12 @@ impl<'a> Bench<'a> {
     async fn redis(&self, above: &[Arc<RuleSet>]) -> Result<Round, String> {
         let counted = Arc::new(Counted::default());
         let options = RedisOptions {
-            url: Secret::new(format!("redis://127.0.0.1:{}", self.server.port)),
+            address: Address::parse(&format!("redis://127.0.0.1:{}", self.server.port))?,
             timeout: ROOMY,
             when_down: WhenDown::Closed,
             replicas: 1,
         };
-        let ledger = Ledger::in_redis(&options, Arc::clone(&counted) as Arc<dyn Watch>).await?;
+        let ledger = Ledger::in_redis(&options, Arc::clone(&counted) as Arc<dyn Watch>).await;
         // The scripts are there, and so is the connection.
         settle(reserve(&ledger, &self.plan(0, above)?).await?);
         ledger.flush(ROOMY).await;
