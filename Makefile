@@ -17,7 +17,7 @@ OPENAI_STAMP := $(VENV)/.with-$(OPENAI)
 
 # A C compiler and cmake: zlib-ng, zstd, jemalloc and ring are built from their sources.
 BUILD_PACKAGES := gcc libc6-dev cmake pkg-config
-TEST_PACKAGES := $(BUILD_PACKAGES) redis-server python3 python3-venv python3-pip
+TEST_PACKAGES := $(BUILD_PACKAGES) redis-server faketime python3 python3-venv python3-pip
 
 # $(call packages,NAMES)
 define packages
@@ -43,7 +43,7 @@ endef
 
 .PHONY: help
 help: ## what can be made
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 .PHONY: demo
 demo: build ## run a gateway with simulated nodes, offline; the first build takes some minutes. ARGS="--port 8081"
@@ -67,6 +67,10 @@ build: toolchain ## the release binary, target/release/tollgate
 .PHONY: bench
 bench: build ## measure the gateway beside a bare proxy on this machine. ARGS="..." for the load generator
 	cargo run --release --locked -p tollgate-load -- bench $(ARGS)
+
+.PHONY: benchledger
+benchledger: testpackages toolchain ## measure a decision of the ledger, in memory and in Redis. ARGS="..." as for bench
+	cargo run --release --locked -p tollgate-load -- ledger $(ARGS)
 
 .PHONY: deny
 deny: toolchain ## licences, sources and duplicates of all dependencies; works offline once they are fetched

@@ -1,9 +1,11 @@
 //! The admin port: metrics, liveness, the console, and what the gateway knows of itself.
 
 mod api;
+mod keys;
 mod openapi;
 mod quota;
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +19,7 @@ use axum::http::header::{
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, delete, get, post};
 use schemars::JsonSchema;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -49,12 +51,15 @@ fn open() -> [(&'static str, MethodRouter<Admin>); 4] {
 }
 
 /// What asks for the token where one is set.
-fn guarded() -> [(&'static str, MethodRouter<Admin>); 6] {
+fn guarded() -> [(&'static str, MethodRouter<Admin>); 9] {
     [
         ("/api/status", get(api::status)),
         ("/api/upstreams", get(api::upstreams)),
         ("/api/routes", get(api::routes)),
         ("/api/models", get(api::models)),
+        ("/api/keys", get(keys::list).post(keys::create)),
+        ("/api/keys/{key_id}", delete(keys::revoke)),
+        ("/api/keys/{key_id}/rotate", post(keys::rotate)),
         ("/api/quota/{key_id}", get(quota::show).delete(quota::reset)),
         ("/api/openapi.json", get(openapi::openapi)),
     ]
@@ -72,6 +77,9 @@ pub(crate) async fn serve(listener: TcpListener, gateway: Arc<Gateway>, access: 
     let app = all(&guarded())
         .route_layer(middleware::from_fn_with_state(admin.clone(), ask_token))
         .merge(all(&open()))
+        .method_not_allowed_fallback(|| async {
+            error(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take this method")
+        })
         .fallback(|| async { error(StatusCode::NOT_FOUND, "not_found", "there is nothing at this path") })
         .with_state(admin);
     axum::serve(listener, app).await
@@ -87,7 +95,7 @@ struct Failure {
 #[derive(Debug, Serialize, JsonSchema)]
 struct Reason {
     /// For people.
-    message: &'static str,
+    message: Cow<'static, str>,
     /// `invalid_request_error`.
     r#type: &'static str,
     /// Always null.
@@ -96,8 +104,8 @@ struct Reason {
     code: &'static str,
 }
 
-fn error(status: StatusCode, code: &'static str, message: &'static str) -> Response {
-    let error = Reason { message, r#type: "invalid_request_error", param: None, code };
+fn error(status: StatusCode, code: &'static str, message: impl Into<Cow<'static, str>>) -> Response {
+    let error = Reason { message: message.into(), r#type: "invalid_request_error", param: None, code };
     (status, Json(Failure { error })).into_response()
 }
 
@@ -127,6 +135,7 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     }
     let gateway = &admin.gateway;
     gateway.metrics.set_reservations(gateway.ledger.inflight());
+    gateway.metrics.set_tokens_lost(gateway.ledger.lost_tokens());
     gateway.metrics.set_access_dropped(gateway.access.dropped());
     let runtime = gateway.live.load();
     for upstream in runtime.upstreams.values() {
@@ -175,7 +184,7 @@ async fn console() -> Response {
 mod tests {
     use std::collections::BTreeSet;
 
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -192,9 +201,14 @@ mod tests {
     }
     /// Asks an admin port that was started for it; gives head and body.
     async fn ask(address: std::net::SocketAddr, path: &str, more: &str) -> (String, String) {
+        send(address, "get", path, more).await
+    }
+
+    async fn send(address: std::net::SocketAddr, method: &str, path: &str, more: &str) -> (String, String) {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n{more}\r\n");
+        let method = method.to_uppercase();
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n{more}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -244,8 +258,24 @@ mod tests {
         let served: BTreeSet<&str> = open().iter().chain(&guarded()).map(|(path, _)| *path).collect();
         assert_eq!(described, served);
         for path in served {
-            let endpoint = &document["paths"][path]["get"];
+            let methods = document["paths"][path].as_object().unwrap();
+            assert!(!methods.is_empty(), "{path}");
             let path = &path.replace("{key_id}", "demo");
+            for (method, endpoint) in methods.iter().filter(|(method, _)| *method != "get") {
+                // What they do is tried elsewhere; here only that they are there, and closed to strangers.
+                let target = path.replace("demo", "nobody");
+                let (head, body) = send(address, method, &target, token).await;
+                let described = |status: &str| !endpoint["responses"][status].is_null();
+                assert!(described(head.split(' ').nth(1).unwrap()), "{method} {path}: {head}");
+                let refused = serde_json::from_str(&body).unwrap();
+                fits(&document, &json!({ "$ref": "#/components/schemas/Failure" }), &refused);
+                let (head, _) = send(address, method, &target, "").await;
+                assert!(head.starts_with("HTTP/1.1 401") && described("401"), "{method} {path}: {head}");
+            }
+            let Some(endpoint) = methods.get("get") else {
+                assert!(ask(address, path, token).await.0.starts_with("HTTP/1.1 405"), "{path}");
+                continue;
+            };
             let (head, body) = ask(address, path, token).await;
             assert!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
             let content = endpoint["responses"]["200"]["content"].as_object().unwrap();

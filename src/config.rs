@@ -28,10 +28,10 @@ pub(crate) use address::*;
 pub(crate) use auth::*;
 pub(crate) use keys::*;
 #[allow(unused_imports, reason = "the names are the way in for everybody else")]
-pub(crate) use load::{Loaded, default_path, load, load_text};
+pub(crate) use load::{Loaded, default_path, load, load_text, look};
 pub(crate) use models::*;
 #[allow(unused_imports, reason = "the names are the way in for everybody else")]
-pub(crate) use problem::{Problem, Problems, Severity};
+pub(crate) use problem::{Problem, Problems, Severity, suggest};
 pub(crate) use routes::*;
 pub(crate) use server::*;
 pub(crate) use store::*;

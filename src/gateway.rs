@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use pingora_core::connectors::http::Connector;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tollgate_filters::access::AccessLog;
 use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::limit::Ledger;
@@ -32,8 +32,12 @@ pub(crate) struct Gateway {
     pub(crate) open: AtomicUsize,
     /// Set once the process is asked to end.
     pub(crate) draining: AtomicBool,
+    /// Wakes what works for nobody any more once the process is asked to end.
+    pub(crate) leaving: Cut,
     /// Wakes what is still open when the time for draining is over.
     pub(crate) cut: Cut,
+    /// Rights to read on an answer whose client has left.
+    pub(crate) drains: Arc<Semaphore>,
     /// When the process started.
     pub(crate) started: Instant,
     /// When the process started, by the wall clock.
@@ -57,6 +61,9 @@ impl Gateway {
         self.draining.load(Ordering::Acquire)
     }
 }
+
+/// Answers that are read on at the same time although their clients have left.
+pub(crate) const DRAINS: usize = 1_000;
 
 /// The end of patience: set once, seen by every request that is still open.
 #[derive(Debug, Default)]

@@ -4,6 +4,7 @@ mod admin;
 mod cli;
 mod config;
 mod gateway;
+mod keys;
 mod listen;
 mod proxy;
 mod runtime;
@@ -34,6 +35,7 @@ enum Command {
     Explain(cli::explain::ExplainArgs),
     Schema(cli::schema::SchemaArgs),
     Keys(cli::keys::KeysArgs),
+    Quota(cli::quota::QuotaArgs),
     Completions(cli::completions::CompletionsArgs),
     Man(cli::completions::ManArgs),
 }
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => cli::explain::run(&args, &Process, &mut out, &mut err),
         Command::Schema(args) => cli::schema::run(&args, &mut out),
         Command::Keys(args) => cli::keys::run(&args, &Process, &mut out, &mut err),
+        Command::Quota(args) => cli::quota::run(&args, &Process, &mut out, &mut err),
         Command::Completions(args) => cli::completions::run::<Cli>(&args, &mut out),
         Command::Man(args) => cli::completions::man::<Cli>(&args, &mut out),
     };

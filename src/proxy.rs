@@ -3,7 +3,8 @@
 //!
 //! - `intake` the head: strict checks, canonical path, route, the filters that work on the head alone
 //! - `own` what the gateway answers itself
-//! - `body`, `call`, `attempt`, `relay` the call lane, answered from `request_filter` by our own loop
+//! - `body`, `call`, `attempt`, `relay` the call lane, answered from `request_filter` by our own loop; `leave` what it means there
+//!   that a client leaves
 //! - `pass` the pass lane, Pingora's stock loop
 //! - `upstream` heads and errors toward nodes; `reply` our own answers; `record` log and metrics
 
@@ -11,6 +12,7 @@ pub(crate) mod attempt;
 pub(crate) mod body;
 pub(crate) mod call;
 pub(crate) mod intake;
+pub(crate) mod leave;
 pub(crate) mod own;
 pub(crate) mod pass;
 pub(crate) mod record;

@@ -7,20 +7,21 @@ pub(crate) mod resolve;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tollgate_filters::auth::Keys;
 use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::limit::{Ledger, RuleSet};
+use tollgate_filters::meter::learned::Learned;
 use tollgate_filters::metrics::{Metrics, NodeMetrics, RouteMetrics};
 use tollgate_filters::model::Model;
 use tollgate_filters::route::Router;
 use tollgate_filters::upstream::Upstream;
 
 use crate::config::{Allowed, Cidr, Document};
-pub(crate) use build::build;
+pub(crate) use build::{build, elsewhere};
 
 /// A configuration at work.
 pub(crate) struct Runtime {
@@ -32,6 +33,8 @@ pub(crate) struct Runtime {
     pub since: SystemTime,
     /// Routes in order.
     pub router: Router<Arc<Route>>,
+    /// What was learned of each model of an upstream, by the names of both.
+    pub learned: HashMap<(Arc<str>, Arc<str>), Arc<Learned>>,
     /// Models by every name that clients may use for them.
     pub models: BTreeMap<Box<str>, Arc<Model>>,
     /// Upstreams by name.
@@ -82,6 +85,8 @@ pub(crate) struct Route {
     pub body_bytes: Option<u64>,
     /// What becomes of its requests.
     pub lane: Lane,
+    /// What becomes of a call whose client leaves.
+    pub on_abort: OnAbort,
     /// Its metric handles.
     pub metrics: RouteMetrics,
 }
@@ -101,6 +106,15 @@ pub(crate) enum Lane {
     Call(Callee),
     /// Passed on as it streams.
     Pass(Pass),
+}
+
+/// What becomes of a call whose client leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnAbort {
+    /// The attempt is given up at once.
+    Cancel,
+    /// The answer is read on to its end, at most so long, to know what it cost.
+    Drain(Duration),
 }
 
 /// Who answers the calls of a route.

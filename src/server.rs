@@ -16,7 +16,7 @@ use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::HttpProxy;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
 use tollgate_filters::access::{AccessLog, AccessSink};
 use tollgate_filters::auth::keyring::Keyring;
@@ -27,7 +27,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin;
 use crate::config::{self, Document, Loaded, Threads};
-use crate::gateway::{ByteBudget, Cut, Gateway};
+use crate::gateway::{ByteBudget, Cut, DRAINS, Gateway};
 use crate::listen::{self, Caps, Listening};
 use crate::proxy::Proxy;
 use crate::runtime::{self, Checked, Lasting, resolve};
@@ -95,7 +95,9 @@ impl Server {
             buffered: ByteBudget::new(document.server.limits.buffered_bytes.0),
             open: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            leaving: Cut::default(),
             cut: Cut::default(),
+            drains: Arc::new(Semaphore::new(DRAINS)),
             started: Instant::now(),
             started_at: SystemTime::now(),
         });
@@ -154,6 +156,7 @@ impl Server {
             _ = terminate.recv() => {
                 tracing::info!(open = gateway.open.load(Ordering::Acquire), "draining");
                 gateway.draining.store(true, Ordering::Release);
+                gateway.leaving.now();
                 let _ = stop.send(true);
                 self.app.http_cleanup().await;
                 drain(&gateway, &mut interrupt, self.drain).await;
@@ -195,8 +198,8 @@ async fn idle(gateway: &Gateway) {
 /// The keys in Redis, if the document asks for them.
 async fn keyring(document: &Document, world: &dyn World) -> io::Result<Option<Arc<Keyring>>> {
     let Some(redis) = document.store.redis.as_ref().filter(|_| document.auth.redis_keys) else { return Ok(None) };
-    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
-    Keyring::start(&url, redis.timeout.0).await.map(Some).map_err(io::Error::other)
+    let address = redis.address(world).map_err(io::Error::other)?;
+    Ok(Some(Keyring::start(&address, redis.timeout.0).await))
 }
 
 /// Where the counters are: the document says; in this process if it says nothing.
@@ -205,10 +208,10 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
         metrics.set_store_up(true);
         return Ok(Ledger::in_memory());
     };
-    let url = redis.url.resolve(world).map_err(|why| io::Error::other(format!("store.redis.url: {why}")))?;
+    let address = redis.address(world).map_err(io::Error::other)?;
     let (timeout, when_down, replicas) = (redis.timeout.0, redis.when_down, document.store.replicas);
-    let options = RedisOptions { url, timeout, when_down, replicas };
-    Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await.map_err(io::Error::other)
+    let options = RedisOptions { address, timeout, when_down, replicas };
+    Ok(Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await)
 }
 
 /// Lets go of limit state that lies idle.

@@ -6,6 +6,9 @@ pub(crate) mod conf;
 pub(crate) mod gateway;
 pub(crate) mod raw;
 pub(crate) mod redis;
+pub(crate) mod sentinel;
+mod watched;
+pub(crate) mod wire;
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -104,7 +104,7 @@ impl Elsewhere {
     /// The caller of a record.
     ///
     /// # Errors
-    /// A tier that the configuration does not have, limits that are none.
+    /// A tier that the configuration does not have, limits or a zone that are none.
     pub fn caller(&self, record: &Record) -> std::result::Result<Caller, String> {
         let tier = match &record.tier {
             Some(name) => Some(self.tiers.get(name).ok_or_else(|| format!("there is no tier `{name}`"))?),
@@ -112,7 +112,9 @@ impl Elsewhere {
         };
         let limits = tier.map(|(limits, _)| limits.clone()).unwrap_or_default().overridden(&record.own_limits()?);
         let names = |names: &Vec<String>| names.iter().map(|name| name.as_str().into()).collect();
-        let rules = RuleSet::new(Scope::Key, &record.id, &limits).when_down(tier.and_then(|(_, policy)| *policy));
+        let rules = RuleSet::new(Scope::Key, &record.id, &limits)
+            .in_zone(record.own_zone()?)
+            .when_down(tier.and_then(|(_, policy)| *policy));
         Ok(Caller {
             id: record.id.as_str().into(),
             tier: record.tier.as_deref().map(Into::into),

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 pub use crate::dialect::{CallKind, Dialect};
 use crate::error::Result;
+use crate::meter::UsageView;
 pub use crate::meter::estimate::PromptSize;
 
 /// A place in the body: offsets of its first byte and of the one behind its last.
@@ -27,6 +28,8 @@ pub struct Call {
     pub stream: bool,
     /// `stream_options.include_usage` as the client wrote it.
     pub include_usage: Option<bool>,
+    /// `stream_options.continuous_usage_stats` as the client wrote it, a word of vLLM.
+    pub continuous_usage: Option<bool>,
     /// How many answers are asked for (`n`, or `best_of` if larger).
     pub n: u32,
     /// The most output tokens of one answer, if the client limits them.
@@ -59,10 +62,28 @@ enum StreamOptions {
     Absent,
     /// They are null.
     Null(Span),
-    /// An object without `include_usage`: where to insert, and whether a comma must follow.
-    Without(usize, bool),
-    /// An object with `include_usage`: its value.
-    With(Span),
+    /// An object.
+    Object {
+        /// Where to insert.
+        inside: usize,
+        /// Whether there is nothing in it, so that no comma must follow.
+        empty: bool,
+        /// The value of `include_usage`.
+        include: Option<Span>,
+        /// The value of `continuous_usage_stats`.
+        continuous: Option<Span>,
+    },
+}
+
+/// What an upstream is asked to tell of the usage of a stream, beyond what the client asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AskUsage {
+    /// Nothing.
+    Nothing,
+    /// The usage, in the last event.
+    AtEnd,
+    /// The usage so far in every event, so that a stream that is cut has true figures too. vLLM does that.
+    Always,
 }
 
 impl Call {
@@ -74,10 +95,10 @@ impl Call {
         fields::parse(kind, dialect, body)
     }
 
-    /// The body with another model name and, if `ask_usage`, with the usage of a stream asked for. Every other byte stays; if nothing
-    /// changes it is the same body, not a copy. `body` must be the one that was parsed.
-    pub fn rewrite(&self, body: &Bytes, model: Option<&str>, ask_usage: bool) -> Bytes {
-        rewrite::rewrite(self, body, model, ask_usage)
+    /// The body with another model name and, for a stream, with its usage asked for. Every other byte stays; if nothing changes it is
+    /// the same body, not a copy. `body` must be the one that was parsed.
+    pub fn rewrite(&self, body: &Bytes, model: Option<&str>, ask: AskUsage) -> Bytes {
+        rewrite::rewrite(self, body, model, ask)
     }
 
     /// Tokens of the prompt, by estimate.
@@ -85,9 +106,29 @@ impl Call {
         self.prompt.tokens()
     }
 
-    /// Whether [`rewrite`](Self::rewrite) with `ask_usage` makes the upstream send usage that the client did not ask for.
+    /// The prompt's text as far as it counts, pieces with a zero byte between them. `body` must be the one that was parsed.
+    pub fn prompt_text(&self, body: &[u8]) -> Vec<u8> {
+        fields::text(body)
+    }
+
+    /// Whether this is a stream whose usage can be asked for.
+    fn may_ask(&self) -> bool {
+        self.stream && self.kind.takes_stream_options()
+    }
+
+    /// Whether [`rewrite`](Self::rewrite) makes the upstream state usage that the client did not ask for.
     pub fn hides_usage(&self) -> bool {
-        self.stream && self.kind.takes_stream_options() && self.include_usage != Some(true)
+        self.may_ask() && self.include_usage != Some(true)
+    }
+
+    /// What the client must see of the usage of an answer to [`rewrite`](Self::rewrite) with the same `ask`: what it asked for.
+    pub fn usage_view(&self, ask: AskUsage) -> UsageView {
+        match ask {
+            AskUsage::Nothing => UsageView::All,
+            AskUsage::AtEnd | AskUsage::Always if self.hides_usage() => UsageView::Nothing,
+            AskUsage::Always if self.may_ask() && self.continuous_usage != Some(true) => UsageView::AtEnd,
+            AskUsage::AtEnd | AskUsage::Always => UsageView::All,
+        }
     }
 }
 

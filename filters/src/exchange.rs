@@ -4,13 +4,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::HeaderValue;
 
 use crate::auth::Caller;
 use crate::call::Call;
 use crate::dialect::Dialect;
 use crate::limit::{Reservation, RuleSet, Standings};
-use crate::model::Model;
+use crate::meter::exact::{self, Vocabulary};
+use crate::model::{Model, Target};
 use crate::trace::{RequestId, TraceContext};
 use crate::usage::Usage;
 
@@ -46,6 +48,12 @@ pub struct Exchange {
     pub arrival: Arrival,
     /// The parsed call; `None` in the pass lane.
     pub call: Option<Call>,
+    /// Its body, while it is being admitted.
+    pub body: Bytes,
+    /// Tokens of the prompt by an exact count, where one was needed.
+    pub prompt_counted: Option<u64>,
+    /// The target of the last attempt.
+    pub target: Option<Target>,
     /// The model that was asked for.
     pub model: Option<Arc<Model>>,
     /// What was set aside for the call, until it is settled.
@@ -61,6 +69,8 @@ pub struct Exchange {
 pub struct Tally {
     /// Attempts made.
     pub attempts: u32,
+    /// Whether anything was sent to an upstream.
+    pub dispatched: bool,
     /// Upstream of the last attempt.
     pub upstream: Option<Arc<str>>,
     /// Node of the last attempt.
@@ -69,6 +79,8 @@ pub struct Tally {
     pub target_model: Option<Arc<str>>,
     /// What was consumed.
     pub usage: Option<Usage>,
+    /// The estimate of the whole output, and whether the answer came to its proper end.
+    pub output: (u64, bool),
     /// From arrival to the first token.
     pub first_token: Option<Duration>,
     /// From the dispatch of the answering attempt to its last token, of a stream.
@@ -92,6 +104,51 @@ pub struct Tally {
 impl Exchange {
     /// A request that has just arrived.
     pub fn new(arrival: Arrival) -> Self {
-        Self { arrival, call: None, model: None, reservation: None, refused: None, tally: Tally::default() }
+        Self {
+            arrival,
+            call: None,
+            body: Bytes::new(),
+            prompt_counted: None,
+            target: None,
+            model: None,
+            reservation: None,
+            refused: None,
+            tally: Tally::default(),
+        }
+    }
+
+    /// Where the call is answered: the target of the last attempt, before the first one the target it will begin with.
+    pub fn target(&self) -> Option<&Target> {
+        self.target.as_ref().or_else(|| self.model.as_ref()?.targets.first())
+    }
+
+    /// The vocabulary that may count better than the estimate does: the model's own, or any while nothing was learned of the model.
+    pub fn vocabulary(&self) -> Option<Vocabulary> {
+        let target = self.target()?;
+        let better = target.tokens.own || target.learned.input.known().is_none();
+        better.then_some(target.tokens.vocabulary)
+    }
+
+    /// Counts the prompt in `body`, which is the call's, where that is better than the estimate. A body that is too long stays estimated.
+    pub async fn count_prompt(&mut self, body: &[u8]) {
+        let Some(vocabulary) = self.vocabulary().filter(|_| self.prompt_counted.is_none()) else { return };
+        let Some(call) = self.call.as_ref().filter(|_| !body.is_empty() && body.len() <= exact::LONGEST) else {
+            return;
+        };
+        let counted = vocabulary.count_apart(call.prompt_text(body)).await;
+        self.prompt_counted = counted.map(|text| call.prompt.with_text(text));
+    }
+
+    /// Tokens of the prompt as far as we can tell: counted, or estimated and corrected by what was learned of the model.
+    pub fn prompt_tokens(&self) -> u64 {
+        let Some(call) = &self.call else { return 0 };
+        if let Some(counted) = self.prompt_counted {
+            return counted;
+        }
+        let estimate = call.prompt_tokens();
+        match self.target() {
+            Some(target) if call.prompt.is_text() => target.learned.input.correct(estimate),
+            Some(_) | None => estimate,
+        }
     }
 }

@@ -22,6 +22,7 @@
 // Words
 pub mod config;
 pub mod error;
+pub mod store;
 pub mod usage;
 
 // Domain: what a call meets

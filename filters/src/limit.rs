@@ -5,7 +5,7 @@
 //! [`Reservation::settle`] or, on any other way out, by its `Drop`.
 //!
 //! - `dimension` the words of the configuration, `rule` a scope with its limits
-//! - `window`, `calendar` the pure state machines, time as an argument
+//! - `window`, `calendar` the pure state machines, time as an argument; `zone` where the days of a calendar begin
 //! - `memory` the counters of one process, `redis` those of many; `reservation` the ledger in front of the store
 //! - `filter` where a request meets the ledger
 //! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
@@ -24,6 +24,7 @@ pub mod rule;
 mod standing;
 pub mod watch;
 mod window;
+pub mod zone;
 
 pub use clock::{Clock, Instant64, ManualClock, SystemClock};
 pub use dimension::{Dimension, Limit, Limits};
@@ -32,3 +33,4 @@ pub use reservation::{Decision, Estimate, Ledger, Reservation};
 pub use rule::{Plan, Rule, RuleSet, Scope, ScopeId, WhenDown};
 pub use standing::{Standing, Standings};
 pub use watch::Watch;
+pub use zone::Zone;

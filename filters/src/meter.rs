@@ -5,18 +5,22 @@
 //! top-level members that matter are copied out as they pass.
 
 pub mod estimate;
+pub mod exact;
 mod hide;
+mod kept;
+pub mod learned;
 mod members;
 mod tally;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
+pub use self::kept::Uncovered;
 use self::members::Members;
 use self::tally::Tally;
 use crate::dialect::sse::{Event, Splitter, TooLong};
 use crate::dialect::{CallKind, Dialect, Reading, StreamError, anthropic, dify, openai};
-use crate::usage::Usage;
+use crate::usage::{Usage, UsageSource};
 
 /// Why an answer cannot be read any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +28,18 @@ pub enum MeterError {
     /// A line or an event of a stream is longer than any honest one.
     #[error(transparent)]
     TooLong(#[from] TooLong),
+}
+
+/// What a client sees of the usage that its stream states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UsageView {
+    /// Everything: it is the client's own wish, or nobody's.
+    #[default]
+    All,
+    /// Only the statement at the end. Chunks before it have `"usage":null`, as the API promises who asks for usage.
+    AtEnd,
+    /// Nothing: it was asked for by us alone.
+    Nothing,
 }
 
 /// What a chunk held, and what is to be sent on.
@@ -56,8 +72,8 @@ pub struct Meter {
 
 #[derive(Debug)]
 enum Body {
-    /// Events; `hide` removes usage, `first` is over after the first event with data.
-    Stream { splitter: Splitter, hide: bool, first: bool },
+    /// Events; `view` says what usage stays, `first` is over after the first event with data.
+    Stream { splitter: Splitter, view: UsageView, first: bool },
     /// One JSON object.
     Plain(Members),
     /// Bytes of which nothing is known.
@@ -65,12 +81,12 @@ enum Body {
 }
 
 impl Meter {
-    /// For an answer that is an event stream. `hide_usage`: usage was asked for by us alone, so the client must not see it.
-    pub fn stream(dialect: Dialect, kind: CallKind, hide_usage: bool) -> Self {
-        let hide = hide_usage && dialect == Dialect::Openai && kind.takes_stream_options();
+    /// For an answer that is an event stream. `view`: what the client is to see of the usage that was asked for.
+    pub fn stream(dialect: Dialect, kind: CallKind, view: UsageView) -> Self {
+        let view = if dialect == Dialect::Openai && kind.takes_stream_options() { view } else { UsageView::All };
         let body = match dialect {
             Dialect::Openai | Dialect::Anthropic | Dialect::Dify => {
-                Body::Stream { splitter: Splitter::default(), hide, first: true }
+                Body::Stream { splitter: Splitter::default(), view, first: true }
             }
             Dialect::Gemini | Dialect::None => Body::Opaque,
         };
@@ -103,15 +119,15 @@ impl Meter {
             return Ok(seen);
         }
         match &mut self.body {
-            Body::Stream { splitter, hide, first } => {
-                let hide = *hide;
-                if !hide {
+            Body::Stream { splitter, view, first } => {
+                let view = *view;
+                if view == UsageView::All {
                     seen.forward.push(chunk.clone());
                 }
                 splitter.push(chunk);
                 while let Some(event) = splitter.next()? {
                     let mut reading = Watch { dialect: self.dialect, kind: self.kind, tally: &mut self.tally, first };
-                    reading.event(&event, hide, &mut seen);
+                    reading.event(&event, view, &mut seen);
                 }
             }
             Body::Plain(members) => {
@@ -133,11 +149,11 @@ impl Meter {
     pub fn finish(&mut self) -> Seen {
         let mut seen = Seen::default();
         match &mut self.body {
-            Body::Stream { splitter, hide, first } => {
+            Body::Stream { splitter, view, first } => {
                 if let Some(event) = splitter.finish() {
-                    let hide = *hide;
+                    let view = *view;
                     let mut reading = Watch { dialect: self.dialect, kind: self.kind, tally: &mut self.tally, first };
-                    reading.event(&event, hide, &mut seen);
+                    reading.event(&event, view, &mut seen);
                 }
             }
             Body::Plain(members) => {
@@ -154,6 +170,30 @@ impl Meter {
     /// What was used so far. `prompt_estimate` stands in where the upstream does not state the prompt's tokens.
     pub fn usage(&self, prompt_estimate: u64) -> Usage {
         self.tally.usage(prompt_estimate)
+    }
+
+    /// The output that the upstream did not account for, to be counted better than [`usage`](Self::usage) does. To be asked once, when all
+    /// is over; [`recount`](Self::recount) takes the result.
+    pub fn uncovered(&mut self) -> Option<Uncovered> {
+        if self.tally.usage(0).source == UsageSource::Upstream {
+            return None;
+        }
+        self.tally.uncovered()
+    }
+
+    /// Whether the upstream has stated what the prompt cost.
+    pub fn states_input(&self) -> bool {
+        self.tally.states_input()
+    }
+
+    /// Tokens of what [`uncovered`](Self::uncovered) gave.
+    pub fn recount(&mut self, tokens: u64) {
+        self.tally.recount(tokens);
+    }
+
+    /// The estimate of all output, whatever the upstream states.
+    pub fn estimated_output(&self) -> u64 {
+        self.tally.estimated()
     }
 
     /// Output tokens so far: as stated by the upstream, or by our own count of the text.
@@ -207,9 +247,9 @@ struct Watch<'m> {
 }
 
 impl Watch<'_> {
-    fn event(&mut self, event: &Event, hide: bool, seen: &mut Seen) {
+    fn event(&mut self, event: &Event, view: UsageView, seen: &mut Seen) {
         let Some(data) = &event.data else {
-            if hide {
+            if view != UsageView::All {
                 seen.forward.push(event.raw.clone());
             }
             return;
@@ -228,8 +268,10 @@ impl Watch<'_> {
         seen.progress |= reading.progress;
         seen.done |= reading.done;
         self.tally.add(&reading);
-        if hide {
-            hide::forward(event, data, &reading, &mut seen.forward);
+        match view {
+            UsageView::All => {}
+            UsageView::AtEnd => hide::forward_null(event, data, &reading, &mut seen.forward),
+            UsageView::Nothing => hide::forward(event, data, &reading, &mut seen.forward),
         }
         seen.error = seen.error.take().or(reading.error);
     }

@@ -36,6 +36,8 @@ const ANSWER: &[f64] =
 /// 1 ms to 2 s: one output token.
 const TOKEN: &[f64] =
     &[1e-3, 2.5e-3, 5e-3, 10e-3, 15e-3, 20e-3, 30e-3, 40e-3, 50e-3, 75e-3, 100e-3, 200e-3, 500e-3, 1.0, 2.0];
+/// 1 % to twice the truth.
+const ERROR: &[f64] = &[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0];
 /// 50 µs to 1 s: one operation of the store.
 const STORE: &[f64] = &[50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 100e-3, 1.0];
 
@@ -73,6 +75,8 @@ families! {
         "Tokens settled; cached tokens are a part of the input.";
     tokens_estimated: IntCounter = "tollgate_tokens_estimated_total" ["model", "reason"] &[],
         "Tokens settled without a figure of the upstream, by reason.";
+    estimate_error: Histogram = "tollgate_estimate_error_ratio" ["model"] ERROR,
+        "How far the estimate of a prompt lay from what the upstream stated, as a share of the latter.";
     cost: Counter = "tollgate_cost_total" ["model", "key", "currency"] &[],
         "Cost of settled tokens by the configured prices.";
     attempts: IntCounter = "tollgate_attempts_total" ["upstream", "node", "outcome"] &[],
@@ -83,6 +87,10 @@ families! {
         "Decisions of the limiter: ok, refused, or shadow (would have been refused).";
     reservations: IntGauge = "tollgate_reservations_inflight" [] &[],
         "Reservations made and not settled yet.";
+    refused_again: IntCounter = "tollgate_limit_refusals_repeated_total" [] &[],
+        "Calls refused by a refusal of a moment before, without asking the store again.";
+    tokens_lost: IntCounter = "tollgate_tokens_lost_total" [] &[],
+        "Tokens used that no limit could be charged with, as their period was over; should stay 0.";
     node_inflight: IntGauge = "tollgate_node_inflight" ["upstream", "node"] &[],
         "Attempts in flight on a node.";
     node_up: IntGauge = "tollgate_node_up" ["upstream", "node"] &[],
@@ -249,6 +257,17 @@ impl Metrics {
         self.shared.families.store_duration.with(&[op]).observe(took.as_secs_f64());
     }
 
+    /// How many tokens were lost since the start; the highest figure told counts.
+    pub fn set_tokens_lost(&self, total: u64) {
+        let counter = self.shared.families.tokens_lost.with(&[]);
+        counter.inc_by(total.saturating_sub(counter.get()));
+    }
+
+    /// A call was refused without asking the store again.
+    pub fn refused_again(&self) {
+        self.shared.families.refused_again.with(&[]).inc();
+    }
+
     /// A configuration took effect, at the start or by a reload.
     pub fn set_generation(&self, generation: u64) {
         self.shared.families.config_generation.with(&[]).set(signed(generation));
@@ -284,6 +303,10 @@ impl Watch for Metrics {
 
     fn store_took(&self, op: &'static str, took: Duration) {
         Self::store_took(self, op, took);
+    }
+
+    fn refused_again(&self) {
+        Self::refused_again(self);
     }
 }
 

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::limit::RuleSet;
+use crate::meter::exact::Tokens;
+use crate::meter::learned::Learned;
 use crate::retry::Class;
 use crate::upstream::Upstream;
 use crate::usage::Usage;
@@ -36,6 +38,10 @@ pub struct Target {
     pub larger_context: bool,
     /// It can go on with an answer that another node began.
     pub continues: bool,
+    /// How the model cuts text into tokens.
+    pub tokens: Tokens,
+    /// How far its own counts lie from our estimates.
+    pub learned: Arc<Learned>,
 }
 
 /// How attempts follow each other.

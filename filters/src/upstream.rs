@@ -20,6 +20,8 @@ pub struct Upstream {
     pub name: Arc<str>,
     /// What its API speaks.
     pub dialect: Dialect,
+    /// Whether its nodes can state the usage of a stream with every event, as vLLM can.
+    pub continuous_usage: bool,
     /// How a node is chosen.
     pub policy: Policy,
     /// Its nodes.
@@ -390,6 +392,7 @@ mod tests {
         Upstream {
             name: "far".into(),
             dialect: Dialect::Openai,
+            continuous_usage: false,
             policy: Policy::LeastRequest,
             nodes: (0..nodes).map(|n| node(&format!("node-{n}"))).collect(),
             credentials: (0..credentials).map(|n| credential(&format!("far#{n}"))).collect(),

@@ -5,6 +5,7 @@
 
 mod cpu;
 mod gateway;
+pub mod ledger;
 
 use std::fmt::Write;
 use std::path::PathBuf;

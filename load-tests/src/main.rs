@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tollgate_load::bench::ledger::{self, LedgerConfig};
 use tollgate_load::bench::{self, BenchConfig};
 use tollgate_load::dify::{DifyApp, DifyConfig};
 use tollgate_load::load::{self, Arrival, LoadConfig};
@@ -33,6 +34,8 @@ enum Command {
     Run(RunArgs),
     /// Measure CPU time per request and per SSE chunk of Tollgate, beside a bare Pingora proxy.
     Bench(BenchArgs),
+    /// Measure what a decision of the ledger costs, in memory and in Redis, beside a script of plain commands.
+    Ledger(LedgerArgs),
 }
 
 /// Durations are written like 250us, 20ms, 1.5s or 2m.
@@ -202,6 +205,34 @@ struct BenchArgs {
     chunk_gap: Duration,
 }
 
+#[derive(Args)]
+struct LedgerArgs {
+    /// Keys that call in turn.
+    #[arg(long, default_value_t = 10_000)]
+    keys: usize,
+    /// Calls at a time, where the store is Redis.
+    #[arg(long, default_value_t = 16)]
+    callers: usize,
+    /// Between the end of a caller's call and its next, where the store is Redis; 0ms shows the store at its limit.
+    #[arg(long, default_value = "5ms", value_parser = duration)]
+    pause: Duration,
+    /// Rounds over all of them; the lowest figure counts.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Decisions of a round in memory.
+    #[arg(long, default_value_t = 500_000)]
+    in_memory: u32,
+    /// Decisions of a round in Redis.
+    #[arg(long, default_value_t = 10_000)]
+    in_redis: u32,
+    /// The server, started for this on a free port of loopback.
+    #[arg(long, default_value = "redis-server")]
+    redis_server: PathBuf,
+    /// Print JSON alone.
+    #[arg(long)]
+    json: bool,
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let at = text.find(|sign: char| sign.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
@@ -228,6 +259,7 @@ fn main() -> ExitCode {
         Command::Dify(args) => runtime.block_on(run_dify(args)),
         Command::Run(args) => runtime.block_on(run_load(args)),
         Command::Bench(args) => runtime.block_on(run_bench(args)),
+        Command::Ledger(args) => runtime.block_on(run_ledger(args)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -361,6 +393,24 @@ async fn run_bench(args: BenchArgs) -> Result<(), String> {
     };
     let figures = bench::run(config, &mut |line| eprintln!("{line}")).await?;
     print!("{}", figures.table());
+    print_json(&figures)
+}
+
+async fn run_ledger(args: LedgerArgs) -> Result<(), String> {
+    let config = LedgerConfig {
+        keys: args.keys,
+        callers: args.callers,
+        rounds: args.rounds,
+        in_memory: args.in_memory,
+        in_redis: args.in_redis,
+        redis_server: args.redis_server,
+        pause: args.pause,
+        pinned: true,
+    };
+    let figures = ledger::run(config, &mut |line| eprintln!("{line}")).await?;
+    if !args.json {
+        print!("{}", figures.table());
+    }
     print_json(&figures)
 }
 

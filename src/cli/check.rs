@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 use tollgate_filters::config::World;
 
-use crate::config::{self, Loaded, Problem, Problems};
+use crate::config::{self, Document, Loaded, Problem, Problems};
 
 /// Check a configuration: all errors at once, each with its place and a hint.
 #[derive(Debug, Args)]
@@ -38,15 +38,28 @@ pub(crate) enum Format {
 pub(crate) fn load(path: Option<&PathBuf>, world: &dyn World) -> Result<Loaded, Problems> {
     match path.cloned().or_else(config::default_path) {
         Some(path) => config::load(&path, world),
-        None => {
-            let mut problem = Problem::of_file("conf/tollgate.yaml", "there is no such file");
-            problem.hint = Some("name one with -c FILE, or put it there or at /etc/tollgate/tollgate.yaml".to_owned());
-            Err(Problems(vec![problem]))
-        }
+        None => Err(nowhere()),
     }
 }
 
-/// The same for a command that cannot go on without it: the problems are told on `err`, and `None` is left.
+/// The document of the file named, or of the one at the default place, for a command about a gateway that runs already.
+///
+/// # Errors
+/// What cannot be understood of it, or that there is none.
+pub(crate) fn look(path: Option<&PathBuf>, world: &dyn World) -> Result<Document, Problems> {
+    match path.cloned().or_else(config::default_path) {
+        Some(path) => config::look(&path, world),
+        None => Err(nowhere()),
+    }
+}
+
+fn nowhere() -> Problems {
+    let mut problem = Problem::of_file("conf/tollgate.yaml", "there is no such file");
+    problem.hint = Some("name one with -c FILE, or put it there or at /etc/tollgate/tollgate.yaml".to_owned());
+    Problems(vec![problem])
+}
+
+/// The same as [`load`] for a command that cannot go on without it: the problems are told on `err`, and `None` is left.
 ///
 /// # Errors
 /// When the problems cannot be written.

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
-use tollgate_filters::auth::keyring::{Keyring, Record};
-use tollgate_filters::config::{Secret, World};
+use tollgate_filters::auth::keyring::{KeyError, Keyring};
+use tollgate_filters::config::World;
 
 use crate::cli::check::{self, Format};
+use crate::cli::table;
 use crate::config::Document;
+use crate::keys::{self, KeyState, Made, Names, NewKey, Row};
+use crate::runtime;
 
 /// How long Redis may take.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -70,42 +71,31 @@ struct Create {
     /// A limit in place of the tier's, like requests_per_minute=5; may be given several times.
     #[arg(long = "limit", value_name = "DIMENSION=N")]
     limits: Vec<String>,
+    /// Where its days and months begin, like Europe/Berlin. Default: UTC.
+    #[arg(long)]
+    zone: Option<String>,
 }
 
 impl Create {
-    fn record(&self, document: &Document) -> Result<Record, String> {
-        let id = self.id.clone().unwrap_or_else(|| format!("key-{:08x}", rand::random::<u32>()));
-        let sane = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '/' | '-');
-        if id.is_empty() || id.len() > 128 || !id.chars().all(sane) {
-            return Err(format!("{id:?} is not a name for a key: letters, digits and . _ : / -, at most 128"));
-        }
-        if document.keys.iter().any(|key| key.id == id) {
-            return Err(format!("there is a key `{id}` in the configuration already"));
-        }
-        if let Some(tier) = self.tier.as_ref().filter(|tier| !document.tiers.contains_key(*tier)) {
-            return Err(format!("there is no tier `{tier}` in the configuration"));
-        }
+    fn wanted(&self) -> Result<NewKey, String> {
         let mut limits = Map::new();
         for limit in &self.limits {
             let (name, number) = limit.split_once('=').ok_or_else(|| format!("{limit:?} is not like NAME=NUMBER"))?;
             let number: u64 = number.parse().map_err(|_| format!("{number:?} is not a whole number"))?;
-            limits.insert(name.to_owned(), number.into());
+            if limits.insert(name.to_owned(), number.into()).is_some() {
+                return Err(format!("the limit `{name}` is given twice"));
+            }
         }
-        Ok(Record {
-            id,
+        Ok(NewKey {
+            id: self.id.clone(),
             tier: self.tier.clone(),
             models: self.models.clone(),
             routes: self.routes.clone(),
-            expires: self.expires.as_deref().map(seconds).transpose()?,
-            limits: (!limits.is_empty()).then(|| Value::from(limits).to_string()),
+            expires: self.expires.clone(),
+            limits: serde_json::from_value(limits.into()).map_err(|error| error.to_string())?,
+            zone: self.zone.clone(),
         })
     }
-}
-
-fn seconds(text: &str) -> Result<u64, String> {
-    let time = OffsetDateTime::parse(text, &Rfc3339)
-        .map_err(|_| format!("{text:?} is not a time like 2027-01-01T00:00:00Z"))?;
-    u64::try_from(time.unix_timestamp()).map_err(|_| format!("{text} is too long ago"))
 }
 
 /// Does it; results go to `out`, what went wrong to `err`. Exit code 0: done; 1: not done.
@@ -118,12 +108,21 @@ pub(crate) fn run(
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> io::Result<ExitCode> {
-    let Some(loaded) = check::load_or_tell(args.config.as_ref(), world, err)? else { return Ok(ExitCode::FAILURE) };
+    let document = match check::look(args.config.as_ref(), world) {
+        Ok(document) => document,
+        Err(problems) => return write!(err, "{problems}").map(|()| ExitCode::FAILURE),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    match runtime.block_on(act(&args.act, &loaded.document, world)) {
+    match runtime.block_on(act(&args.act, &document, world)) {
         Ok(done) => {
+            if !document.auth.redis_keys {
+                writeln!(
+                    err,
+                    "tollgate: no gateway looks for keys in Redis: the configuration lacks `auth.redis_keys: true`"
+                )?;
+            }
             match args.format {
-                Format::Json => writeln!(out, "{}", done.json())?,
+                Format::Json => writeln!(out, "{}", done.json()?)?,
                 Format::Text => done.text(out)?,
             }
             Ok(ExitCode::SUCCESS)
@@ -136,58 +135,77 @@ pub(crate) fn run(
 }
 
 enum Done {
-    Shown { id: String, key: Secret },
-    Listed(Vec<Record>),
+    Shown(Made),
+    Listed(Vec<KeyState>),
     Revoked(String),
 }
 
 async fn act(act: &Act, document: &Document, world: &dyn World) -> Result<Done, String> {
+    // What is wrong with the words is told first: it needs nobody to be asked.
+    let wanted = if let Act::Create(create) = act { Some(create.wanted()?) } else { None };
     let redis =
         document.store.redis.as_ref().ok_or("keys are kept in Redis, and the configuration has no `store.redis`")?;
-    let url = redis.url.resolve(world).map_err(|why| format!("store.redis.url: {why}"))?;
-    let keyring: Arc<Keyring> = Keyring::start(&url, PATIENCE).await?;
-    match act {
-        Act::Create(create) => {
-            let record = create.record(document)?;
-            let key = keyring.create(&record).await?;
-            Ok(Done::Shown { id: record.id, key })
+    let keyring: Arc<Keyring> = Keyring::start(&redis.address(world)?, PATIENCE).await;
+    let elsewhere = runtime::elsewhere(document, Arc::clone(&keyring), 0);
+    let done = match act {
+        Act::Create(_) => {
+            keys::create(&wanted.unwrap_or_default(), &Names::of(document), &elsewhere).await.map(Done::Shown)
         }
-        Act::List => keyring.list().await.map(Done::Listed),
+        Act::List => keys::stored(&elsewhere).await.map(Done::Listed),
         Act::Revoke { id } => keyring.revoke(id).await.map(|()| Done::Revoked(id.clone())),
-        Act::Rotate { id } => keyring.rotate(id).await.map(|key| Done::Shown { id: id.clone(), key }),
-    }
+        Act::Rotate { id } => keyring.rotate(id).await.map(|key| Done::Shown(Made::new(id.clone(), &key))),
+    };
+    done.map_err(|error| match error {
+        KeyError::Unknown(id) if document.keys.iter().any(|key| key.id == id) => {
+            format!("the key `{id}` stands in the configuration: change it there")
+        }
+        error => error.to_string(),
+    })
 }
 
 impl Done {
-    fn json(&self) -> Value {
+    fn json(&self) -> serde_json::Result<Value> {
         match self {
-            Self::Shown { id, key } => json!({ "id": id, "key": key.expose() }),
-            Self::Revoked(id) => json!({ "id": id, "revoked": true }),
-            Self::Listed(records) => {
-                let row = |record: &Record| {
-                    let limits: Value =
-                        record.limits.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or(json!({}));
-                    json!({
-                        "id": record.id, "tier": record.tier, "models": record.models, "routes": record.routes,
-                        "expires": record.expires, "limits": limits,
-                    })
-                };
-                json!({ "keys": records.iter().map(row).collect::<Vec<_>>() })
-            }
+            Self::Shown(made) => serde_json::to_value(made),
+            Self::Revoked(id) => Ok(json!({ "id": id, "revoked": true })),
+            Self::Listed(keys) => Ok(json!({ "keys": serde_json::to_value(keys)? })),
         }
     }
 
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
         match self {
-            Self::Shown { id, key } => {
-                writeln!(out, "{id}\n{}\nThis key is shown once and kept nowhere; only its hash is.", key.expose())
+            Self::Shown(Made { id, key }) => {
+                writeln!(out, "{id}\n{key}\nThis key is shown once and kept nowhere; only its hash is.")
             }
             Self::Revoked(id) => writeln!(out, "{id} is revoked"),
-            Self::Listed(records) => records.iter().try_for_each(|record| {
-                let tier = record.tier.as_deref().unwrap_or("-");
-                let limits = record.limits.as_deref().unwrap_or("-");
-                writeln!(out, "{}\ttier {tier}\tlimits {limits}", record.id)
-            }),
+            Self::Listed(keys) if keys.is_empty() => writeln!(out, "there is no key in Redis"),
+            Self::Listed(keys) => {
+                let head = ["ID", "TIER", "EXPIRES", "ZONE", "MODELS", "ROUTES", "LIMITS"].map(str::to_owned);
+                let rows: Vec<_> = std::iter::once(head).chain(keys.iter().map(row)).collect();
+                table::write(out, &rows)
+            }
         }
     }
+}
+
+fn row(key: &KeyState) -> [String; 7] {
+    let list = |names: Option<&Vec<String>>| names.map_or_else(|| "all".to_owned(), |names| names.join(","));
+    let limit = |(name, row): (&&str, &Row)| match row {
+        Row::Holds(limit) => format!("{name}={limit}"),
+        Row::Watched { limit, .. } => format!("{name}={limit} (shadow)"),
+    };
+    let limits = match &key.problem {
+        Some(problem) => format!("does not work: {problem}"),
+        None if key.limits.is_empty() => "none".to_owned(),
+        None => key.limits.iter().map(limit).collect::<Vec<_>>().join(" "),
+    };
+    [
+        key.id.clone(),
+        key.tier.clone().unwrap_or_else(|| "-".to_owned()),
+        key.expires.clone().unwrap_or_else(|| "never".to_owned()),
+        key.zone.clone(),
+        list(key.models.as_ref()),
+        list(key.routes.as_ref()),
+        limits,
+    ]
 }

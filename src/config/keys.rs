@@ -5,8 +5,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
 use tollgate_filters::config::SecretSource;
+use tollgate_filters::limit::Zone;
 use tollgate_filters::limit::dimension::Limits;
 
+use super::problem::closest;
 use super::store::WhenDown;
 use super::words::{Allowed, Timestamp, UtcOffset};
 
@@ -46,9 +48,33 @@ pub(crate) struct Key {
     /// Limits that take the place of the tier's rows.
     #[serde(default)]
     pub limits: Limits,
-    /// Where this key's days and months begin, as distance from UTC, like `+08:00`. Default: UTC.
+    /// Where this key's days and months begin: a zone of the tz database, like `Europe/Berlin`. Default: UTC.
     #[serde(default)]
-    pub utc_offset: UtcOffset,
+    pub zone: Option<String>,
+    /// The same as a distance from UTC that never changes, like `+08:00`.
+    #[serde(default)]
+    pub utc_offset: Option<UtcOffset>,
+}
+
+impl Key {
+    /// Where its days begin, as far as that is known.
+    pub(crate) fn zone(&self) -> Option<Zone> {
+        match (&self.zone, self.utc_offset) {
+            (Some(name), _) => Zone::named(name),
+            (None, offset) => Some(offset.map_or(Zone::UTC, |offset| Zone::Fixed(offset.0))),
+        }
+    }
+}
+
+/// Which zone may have been meant; `Berlin` is `Europe/Berlin`.
+pub(crate) fn zone_hint(name: &str) -> String {
+    let names = Zone::names();
+    let place =
+        names.iter().find(|known| known.rsplit('/').next().is_some_and(|place| place.eq_ignore_ascii_case(name)));
+    match place.map(String::as_str).or_else(|| closest(name, names.iter().map(String::as_str))) {
+        Some(close) => format!("did you mean `{close}`?"),
+        None => "names are those of the tz database, like `Europe/Berlin`".to_owned(),
+    }
 }
 
 /// Limits above the key.

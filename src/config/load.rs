@@ -51,6 +51,19 @@ pub(crate) fn load(path: &Path, world: &dyn World) -> Result<Loaded, Problems> {
     }
 }
 
+/// Reads the file at `path` for a command that asks a gateway which runs already: what it refers to and its secrets are
+/// not looked at, as whoever operates a gateway need not hold them.
+///
+/// # Errors
+/// Every problem found, if one of them is an error.
+pub(crate) fn look(path: &Path, world: &dyn World) -> Result<Document, Problems> {
+    let name = path.display().to_string();
+    match world.read(&name) {
+        Ok(text) => read_if(path, Source::new(name, text), world, false).map(|loaded| loaded.document),
+        Err(error) => Err(Problems(vec![unreadable(&name, &error)])),
+    }
+}
+
 /// Parses and checks a text that is called `name` in problems.
 ///
 /// # Errors
@@ -70,6 +83,10 @@ pub(crate) fn unreadable(name: &str, error: &std::io::Error) -> Problem {
 }
 
 fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems> {
+    read_if(path, main, world, true)
+}
+
+fn read_if(path: &Path, main: Source, world: &dyn World, checked: bool) -> Result<Loaded, Problems> {
     let mut problems = Vec::new();
     let Some(mut tree) = tree::read(&main, 0, &mut problems) else { return Err(sorted(problems, &[])) };
     if matches!(tree.value, Value::Null) {
@@ -85,7 +102,7 @@ fn read(path: &Path, main: Source, world: &dyn World) -> Result<Loaded, Problems
         problems.push(places.show(Severity::Error, place, path, message, hint));
     }
     let document = understand(&mut places, &mut problems);
-    if let Some(document) = &document {
+    if let Some(document) = document.as_ref().filter(|_| checked) {
         check::check(document, &whole, &places, world, &mut problems);
     }
     let Problems(problems) = sorted(problems, &places.sources);

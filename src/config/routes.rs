@@ -1,9 +1,11 @@
 //! `routes:` — which request goes where, through which filters.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
+use serde::de::{self, Deserializer};
 use tollgate_filters::auth::AuthConfig;
 use tollgate_filters::config::{Period, Size};
 use tollgate_filters::cors::Cors;
@@ -47,7 +49,6 @@ pub(crate) struct Route {
     pub when_down: Option<WhenDown>,
     /// What happens upstream when the client leaves a call. Default `cancel`.
     #[serde(default)]
-    #[expect(dead_code, reason = "an attempt is always cancelled as yet, which the check says")]
     pub on_abort: OnAbort,
 }
 
@@ -96,14 +97,68 @@ pub(crate) struct Pass {
 }
 
 /// What happens upstream when the client leaves a call.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum OnAbort {
-    /// The attempt is given up at once.
+    /// The attempt is given up at once, and what was produced is charged.
     #[default]
     Cancel,
-    /// The answer is read to its end and counted.
-    Drain,
+    /// The answer is read on to its end, at most so long, and charged as its upstream says.
+    Drain(Period),
+}
+
+/// How long an answer is read on where nothing else is said.
+const DRAIN: Period = Period::secs(30);
+
+impl<'de> Deserialize<'de> for OnAbort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = OnAbort;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("cancel, drain or { drain: 30s }")
+            }
+
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<OnAbort, E> {
+                match word {
+                    "cancel" => Ok(OnAbort::Cancel),
+                    "drain" => Ok(OnAbort::Drain(DRAIN)),
+                    other => Err(E::unknown_variant(other, &["cancel", "drain"])),
+                }
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<OnAbort, A::Error> {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                struct Settings {
+                    drain: Period,
+                }
+                let settings = Settings::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                Ok(OnAbort::Drain(settings.drain))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for OnAbort {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "OnAbort".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let period = generator.subschema_for::<Period>();
+        json_schema!({
+            "description": "What happens upstream when the client leaves a call",
+            "anyOf": [
+                { "enum": ["cancel", "drain"] },
+                {
+                    "type": "object", "required": ["drain"], "additionalProperties": false,
+                    "properties": { "drain": period }
+                }
+            ]
+        })
+    }
 }
 
 /// What the requests of a route go through: settings, or `off`.

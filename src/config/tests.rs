@@ -32,6 +32,14 @@ impl World for Supplied {
         if path.starts_with("/missing") {
             return Err(io::ErrorKind::NotFound.into());
         }
+        if let Some(name) = path.strip_prefix("/etc/tollgate/redis") {
+            static OWN: std::sync::OnceLock<(String, String)> = std::sync::OnceLock::new();
+            let (cert, key) = OWN.get_or_init(|| {
+                let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+                (made.cert.pem(), made.signing_key.serialize_pem())
+            });
+            return Ok(if name == ".key" { key.clone() } else { cert.clone() });
+        }
         if path.starts_with("/etc/") || path.starts_with("/run/") {
             return Ok(format!("content-of-{}\n", path.replace('/', "-")));
         }

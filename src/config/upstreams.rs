@@ -26,7 +26,7 @@ pub(crate) struct Upstream {
     pub health: Option<Health>,
     /// Taking nodes out by their failures in real traffic. Default: on with its defaults; `off` turns it off.
     pub eject: Toggle<Eject>,
-    /// Which names of /metrics to poll for load. Default `none`.
+    /// Which names of /metrics to poll for load; `vllm` is also asked for usage with every event of a stream. Default `none`.
     pub engine: Engine,
     /// Time limits of one attempt, from its dispatch.
     pub timeouts: Timeouts,

@@ -14,13 +14,13 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::{RequestHeader, ResponseHeader};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
-use tollgate_filters::call::{Call, CallKind};
-use tollgate_filters::dialect::Dialect;
-use tollgate_filters::meter::Meter;
+use tollgate_filters::call::{AskUsage, CallKind};
+use tollgate_filters::meter::{Meter, exact};
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure, class_of_refusal, class_of_status, retry_after};
 use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
+use super::leave::Client;
 use super::upstream::{self, Forwarded};
 use super::{Ctx, pass};
 use crate::gateway::ByteShare;
@@ -46,7 +46,7 @@ pub(crate) enum End {
 /// What all attempts of a call send: the body as the client wrote it, and its last rewritten form.
 pub(crate) struct Dispatch {
     body: Bytes,
-    rewritten: Option<(std::sync::Arc<str>, Bytes)>,
+    rewritten: Option<(std::sync::Arc<str>, AskUsage, Bytes)>,
     forwarded: Forwarded,
     _share: ByteShare,
 }
@@ -57,19 +57,43 @@ impl Dispatch {
         Self { body, rewritten: None, forwarded: pass::forwarded(client, ctx), _share: share }
     }
 
+    /// The body as the client wrote it.
+    pub(crate) fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// What may still be needed to count the prompt, once nothing is sent again.
+    pub(crate) fn prompt(self) -> Option<Prompt> {
+        (self.body.len() <= exact::LONGEST).then_some(Prompt { body: self.body, _share: self._share })
+    }
+
     /// The body for a target: the model's name there, and the usage asked for.
     fn body_for(&mut self, ctx: &Ctx, target: &Target) -> Bytes {
-        if let Some((model, body)) = &self.rewritten
+        let ask = asked(target);
+        if let Some((model, asked, body)) = &self.rewritten
             && *model == target.model
+            && *asked == ask
         {
             return body.clone();
         }
         let Some(call) = &ctx.exchange.call else { return self.body.clone() };
         let model = if target.model.is_empty() { None } else { Some(&*target.model) };
-        let body = call.rewrite(&self.body, model, true);
-        self.rewritten = Some((std::sync::Arc::clone(&target.model), body.clone()));
+        let body = call.rewrite(&self.body, model, ask);
+        self.rewritten = Some((std::sync::Arc::clone(&target.model), ask, body.clone()));
         body
     }
+}
+
+/// A body that is kept while its answer streams, in case the upstream does not say what the prompt cost.
+pub(crate) struct Prompt {
+    /// The body as the client wrote it.
+    pub(crate) body: Bytes,
+    _share: ByteShare,
+}
+
+/// What the nodes of a target are asked to tell of the usage of a stream.
+fn asked(target: &Target) -> AskUsage {
+    if target.upstream.continuous_usage { AskUsage::Always } else { AskUsage::AtEnd }
 }
 
 /// An answer that may be shown, with its beginning.
@@ -109,7 +133,7 @@ pub(crate) struct Answer {
 /// # Errors
 /// The failure of the node, or that the client left.
 pub(crate) async fn run(
-    client: &mut ServerSession,
+    client: &mut Client<'_>,
     ctx: &mut Ctx,
     request: &mut Dispatch,
     (target, node, credential): (&Target, &Node, Option<&Credential>),
@@ -121,16 +145,14 @@ pub(crate) async fn run(
     let timeouts = upstream.timeouts;
     let wants_stream = ctx.exchange.call.as_ref().is_some_and(|c| c.stream);
     let patience = if wants_stream { timeouts.first_byte.min(timeouts.total) } else { timeouts.total };
-    if let Some(reservation) = &mut ctx.exchange.reservation {
-        reservation.dispatched();
-    }
     let mut fresh = false;
     let timer = sleep_until(dispatched + timeouts.connect);
     tokio::pin!(timer);
     let (up, peer) = loop {
         let toward = (upstream, node, credential);
-        let head = upstream::call_head(client.req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
-            .map_err(|e| failed(Class::ServerError, e.to_string()))?;
+        let head =
+            upstream::call_head(client.session().req_header(), &ctx.exchange, toward, &request.forwarded, body.len())
+                .map_err(|e| failed(Class::ServerError, e.to_string()))?;
         let peer = upstream::peer(node, upstream, fresh).map_err(End::Failed)?;
         // Connecting is short and its future large: boxed, it does not weigh on the stream that follows.
         let connecting = Box::pin(ctx.gateway.connector.get_http_session(&peer));
@@ -147,6 +169,14 @@ pub(crate) async fn run(
             }
             Err(Cut::ClientGone) => return Err(End::ClientGone),
         };
+        if client.is_gone() {
+            // Nothing was sent: there is nothing to read on.
+            return Err(End::ClientGone);
+        }
+        if let Some(reservation) = &mut ctx.exchange.reservation {
+            reservation.dispatched();
+        }
+        ctx.exchange.tally.dispatched = true;
         match race(client, timer.as_mut(), dispatched + patience, exchange_heads(&mut up, head, body.clone())).await {
             // A connection that was made fresh goes into the pool like any other.
             Ok(Ok(())) if fresh => break (up, upstream::peer(node, upstream, false).map_err(End::Failed)?),
@@ -168,7 +198,7 @@ pub(crate) async fn run(
     let status = response.status;
     let stream = status.is_success() && is_event_stream(response);
     let mut answer = Box::new(Answer {
-        meter: meter(ctx, upstream.dialect, stream),
+        meter: meter(ctx, target, stream),
         up,
         peer,
         status,
@@ -183,7 +213,13 @@ pub(crate) async fn run(
         refusal: None,
         credential: credential.cloned(),
     });
-    hold(client, timer, &mut answer).await?;
+    if let Err(end) = hold(client, timer, &mut answer).await {
+        if matches!(end, End::ClientGone) && answer.status.is_success() && answer.meter.states_input() {
+            // Nothing was shown yet, but the node may have said what the prompt cost.
+            ctx.exchange.tally.usage = Some(answer.meter.usage(ctx.exchange.prompt_tokens()));
+        }
+        return Err(end);
+    }
     mask(&mut answer);
     if answer.status.is_client_error() && answer.ended {
         let body: Vec<u8> = answer.held.iter().flat_map(|part| part.iter().copied()).collect();
@@ -200,12 +236,13 @@ fn silent(class: Class, detail: impl Into<String>) -> End {
     End::Failed(Failure::silent(class, detail))
 }
 
-fn meter(ctx: &Ctx, dialect: Dialect, stream: bool) -> Meter {
+fn meter(ctx: &Ctx, target: &Target, stream: bool) -> Meter {
     let call = ctx.exchange.call.as_ref();
     let kind = call.map_or(CallKind::Other, |c| c.kind);
+    let dialect = target.upstream.dialect;
     // The usage that only we asked for is taken out of what the client sees.
-    let hide = call.is_some_and(Call::hides_usage);
-    if stream { Meter::stream(dialect, kind, hide) } else { Meter::plain(dialect, kind) }
+    let view = call.map(|call| call.usage_view(asked(target))).unwrap_or_default();
+    if stream { Meter::stream(dialect, kind, view) } else { Meter::plain(dialect, kind) }
 }
 
 /// Sends the request and reads the response header, informational ones aside.
@@ -258,7 +295,7 @@ async fn drain(ctx: &Ctx, mut up: HttpSession, peer: &HttpPeer, idle: Duration) 
 }
 
 /// Holds the answer back until it is clear that it is one.
-async fn hold(client: &mut ServerSession, mut timer: Pin<&mut Sleep>, answer: &mut Answer) -> Result<(), End> {
+async fn hold(client: &mut Client<'_>, mut timer: Pin<&mut Sleep>, answer: &mut Answer) -> Result<(), End> {
     let timeouts = answer.timeouts;
     let patience = if answer.stream { timeouts.first_token.min(timeouts.total) } else { timeouts.total };
     let deadline = answer.dispatched + patience;
@@ -328,7 +365,7 @@ enum Cut {
 /// Waits for `work`, but not beyond the deadline and not once the client has left. The timer is shared by all waits of
 /// an attempt: moving it to a later time is cheap, making a new one is not.
 async fn race<T>(
-    client: &mut ServerSession,
+    client: &mut Client<'_>,
     mut timer: Pin<&mut Sleep>,
     deadline: Instant,
     work: impl Future<Output = T>,
@@ -339,7 +376,7 @@ async fn race<T>(
     tokio::select! {
         biased;
         done = work => Ok(done),
-        _ = client.read_body_or_idle(true) => Err(Cut::ClientGone),
+        _ = client.leaves() => Err(Cut::ClientGone),
         () = timer => Err(Cut::Deadline),
     }
 }

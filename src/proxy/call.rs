@@ -16,8 +16,10 @@ use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure};
 use tollgate_filters::upstream::{Credential, Node, Upstream};
+use tollgate_filters::usage::{Usage, UsageSource};
 
-use super::attempt::{self, Answer, Dispatch, End};
+use super::attempt::{self, Answer, Dispatch, End, Prompt};
+use super::leave::Client;
 use super::{Ctx, body, relay, reply};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
@@ -88,7 +90,10 @@ async fn admit(client: &ServerSession, ctx: &mut Ctx, callee: &Callee, body: &By
     };
     ctx.exchange.call = Some(call);
     ctx.exchange.model = Some(model);
-    route.chain.request(&mut ctx.exchange).await
+    ctx.exchange.body = body.clone();
+    let admitted = route.chain.request(&mut ctx.exchange).await;
+    ctx.exchange.body = Bytes::new();
+    admitted
 }
 
 async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
@@ -119,24 +124,30 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
     let mut course = Course::new(model, ctx.gateway.now());
     let mut request = Dispatch::new(client, ctx, body, share);
-    let won = win(client, ctx, &mut course, &mut request).await;
-    // Nothing is sent again from here on: the body need not be held while the answer streams.
-    drop(request);
+    let mut watched = Client::new(client, ctx);
+    let won = win(&mut watched, ctx, &mut course, &mut request).await;
     match won {
-        Ok(won) => relay_on(client, ctx, won).await,
-        Err(Stop::ClientGone) => Outcome::ClientGone,
+        Ok(won) => {
+            // Nothing is sent again from here on: a large body is not held while the answer streams.
+            let prompt = request.prompt().filter(|_| !won.answer.meter.states_input());
+            relay_on(watched, ctx, won, prompt).await
+        }
+        Err(Stop::ClientGone) => {
+            note_prompt(ctx, request.body()).await;
+            Outcome::ClientGone
+        }
+        Err(Stop::Refuse(_)) if watched.is_gone() => Outcome::ClientGone,
         Err(Stop::Refuse(error)) => {
-            if let Some(reservation) = &mut ctx.exchange.reservation {
-                reservation.failed();
-            }
-            refuse(client, ctx, &error).await
+            // Telling the refusal may take a while; the body is not needed for that.
+            drop(request);
+            refuse(watched.session(), ctx, &error).await
         }
     }
 }
 
 /// Attempt after attempt until one brings an answer.
 async fn win(
-    client: &mut ServerSession,
+    client: &mut Client<'_>,
     ctx: &mut Ctx,
     course: &mut Course,
     request: &mut Dispatch,
@@ -168,29 +179,27 @@ async fn win(
             }
         };
         match ended {
-            Ok(mut answer) => {
-                match answer.refusal.filter(|class| course.has_taker(index, *class)) {
-                    None => {
-                        target.upstream.succeeded(&node, credential.as_ref());
-                        return Ok(Won { answer, target, node, credential });
-                    }
-                    Some(class) => {
-                        ctx.exchange.tally.upstream_time += began.elapsed();
-                        answer.guard = None;
-                        observe_attempt(ctx, &target.upstream, &node, class.into());
-                        let failure = Failure::new(class, "refused; a further target may take it");
-                        course.failed(index, &node, credential.as_ref(), failure);
-                        kept.get_or_insert(Won { answer, target, node, credential });
-                    }
+            Ok(mut answer) => match answer.refusal.filter(|class| course.has_taker(index, *class)) {
+                None => {
+                    target.upstream.succeeded(&node, credential.as_ref());
+                    return Ok(Won { answer, target, node, credential });
                 }
-            }
+                Some(class) => {
+                    unspent(ctx, began);
+                    answer.guard = None;
+                    observe_attempt(ctx, &target.upstream, &node, class.into());
+                    let failure = Failure::new(class, "refused; a further target may take it");
+                    course.failed(index, &node, credential.as_ref(), failure);
+                    kept.get_or_insert(Won { answer, target, node, credential });
+                }
+            },
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
                 return Err(Stop::ClientGone);
             }
             Err(End::Failed(failure)) => {
-                ctx.exchange.tally.upstream_time += began.elapsed();
+                unspent(ctx, began);
                 note_failure(ctx, (&target, &node, credential.as_ref()), &failure, began.elapsed());
                 course.failed(index, &node, credential.as_ref(), failure);
             }
@@ -199,12 +208,31 @@ async fn win(
     }
 }
 
+/// The attempt cost no tokens.
+fn unspent(ctx: &mut Ctx, began: Instant) {
+    if let Some(reservation) = &mut ctx.exchange.reservation {
+        reservation.failed();
+    }
+    ctx.exchange.tally.dispatched = false;
+    ctx.exchange.tally.upstream_time += began.elapsed();
+}
+
+/// A call that was sent costs its prompt, even if its client did not wait for a token.
+async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
+    if ctx.exchange.tally.dispatched && ctx.exchange.tally.usage.is_none() {
+        ctx.exchange.count_prompt(body).await;
+        let input = ctx.exchange.prompt_tokens();
+        let source = if ctx.exchange.prompt_counted.is_some() { UsageSource::Counted } else { UsageSource::Estimated };
+        ctx.exchange.tally.usage = Some(Usage { input, source, ..Usage::default() });
+    }
+}
+
 /// Waits before a node is asked again.
-async fn pause(client: &mut ServerSession, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
+async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
     let gateway = Arc::clone(&ctx.gateway);
     let ended = tokio::select! {
         biased;
-        _ = client.read_body_or_idle(true) => Err(Stop::ClientGone),
+        _ = client.leaves() => Err(Stop::ClientGone),
         () = gateway.cut.wait() => Err(Stop::Refuse(GatewayError::Unavailable(Unavailable::Draining))),
         () = tokio::time::sleep(wait) => Ok(()),
     };
@@ -213,11 +241,11 @@ async fn pause(client: &mut ServerSession, ctx: &mut Ctx, wait: Duration) -> std
 }
 
 /// Shows the answer; what becomes of it after its first token still tells of the node.
-async fn relay_on(client: &mut ServerSession, ctx: &mut Ctx, won: Won) -> Outcome {
+async fn relay_on(client: Client<'_>, ctx: &mut Ctx, won: Won, prompt: Option<Prompt>) -> Outcome {
     let Won { answer, target, node, credential } = won;
     let refused = answer.status.is_client_error();
     let began = answer.dispatched;
-    let outcome = relay::run(client, ctx, answer).await;
+    let outcome = relay::run(client, ctx, answer, prompt).await;
     match outcome {
         Outcome::BrokenOff => {
             let failure = Failure::new(Class::ServerError, "broken off after its first token");
@@ -279,6 +307,7 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     tally.attempts = course.attempts();
     tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
     tally.node = Some(Arc::clone(&chosen.node.name));
+    ctx.exchange.target = Some(chosen.target.clone());
     tally.target_model = Some(Arc::clone(&chosen.target.model));
 }
 

@@ -6,6 +6,7 @@ use pingora_core::protocols::http::ServerSession;
 use pingora_core::{Error, ErrorSource};
 use tollgate_filters::access::AccessLine;
 use tollgate_filters::metrics::AbortPhase;
+use tollgate_filters::usage::UsageSource;
 
 use super::Ctx;
 use super::call::Outcome;
@@ -19,6 +20,8 @@ pub(crate) fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error
     let left =
         ctx.outcome == Some(Outcome::ClientGone) || error.is_some_and(|e| *e.esource() == ErrorSource::Downstream);
     note_status(client, ctx, left);
+    // What is learned from this call must not embellish its own estimate.
+    let estimate = ctx.exchange.prompt_tokens();
     if let Some(route) = ctx.route.clone() {
         route.chain.logging(&mut ctx.exchange);
     }
@@ -29,7 +32,7 @@ pub(crate) fn finish(client: &ServerSession, ctx: &mut Ctx, error: Option<&Error
         ctx.exchange.tally.upstream_time += passage.began().elapsed();
     }
     let overhead = took.saturating_sub(ctx.exchange.tally.upstream_time);
-    count(ctx, took, overhead);
+    count(ctx, took, overhead, estimate);
     write(ctx, took, overhead);
 }
 
@@ -49,7 +52,7 @@ fn phase(ctx: &Ctx) -> AbortPhase {
     }
 }
 
-fn count(ctx: &Ctx, took: Duration, overhead: Duration) {
+fn count(ctx: &Ctx, took: Duration, overhead: Duration, estimate: u64) {
     let exchange = &ctx.exchange;
     let tally = &exchange.tally;
     let model = exchange.model.as_ref().map_or("", |m| &*m.name);
@@ -64,6 +67,10 @@ fn count(ctx: &Ctx, took: Duration, overhead: Duration) {
     }
     if let Some(usage) = &tally.usage {
         metrics.settled(usage);
+        if usage.source == UsageSource::Upstream && exchange.model.as_ref().is_some_and(|model| !model.name.is_empty())
+        {
+            metrics.estimated(estimate, usage.input);
+        }
         if let (Some(first), Some(last)) = (tally.prefill, tally.last_token)
             && usage.output > 1
         {

@@ -3,49 +3,86 @@
 use bytes::Bytes;
 use http::header::{self, HeaderName};
 use http::{HeaderMap, Version};
-use pingora_core::protocols::http::ServerSession;
 use pingora_http::ResponseHeader;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tollgate_filters::dialect;
 use tollgate_filters::error::{GatewayError, Unavailable};
+use tollgate_filters::meter::Meter;
 
-use super::attempt::Answer;
+use super::attempt::{Answer, Prompt};
 use super::call::Outcome;
+use super::leave::{Client, Gone};
 use super::upstream::{HOP_BY_HOP, is_nominated, nominated};
 use super::{Ctx, reply};
 
 /// After the terminal event, the upstream has this long to end the body, else its connection is given up.
 const LAST_CHUNK: Duration = Duration::from_secs(5);
 
+/// Reads that may follow once the client has left, if nothing has to be waited for.
+const CAUGHT_UP: usize = 256;
+
 /// Headers of an upstream's answer that are its own business and not our client's.
 const WITHHELD: [HeaderName; 3] = [header::SET_COOKIE, header::SERVER, HeaderName::from_static("x-request-id")];
 
 /// Shows the answer to the client and relays it to its end.
-pub(crate) async fn run(client: &mut ServerSession, ctx: &mut Ctx, mut answer: Box<Answer>) -> Outcome {
-    note_first_token(ctx, &answer);
+///
+/// `prompt` is what to count the prompt by, should the upstream not state what it cost.
+pub(crate) async fn run(
+    mut client: Client<'_>,
+    ctx: &mut Ctx,
+    mut answer: Box<Answer>,
+    prompt: Option<Prompt>,
+) -> Outcome {
+    if !client.is_gone() {
+        note_first_token(ctx, &answer);
+    }
     let began = answer.dispatched;
     let _open = answer.stream.then(|| ctx.gateway.metrics.open_stream());
+    let client = &mut client;
     let outcome = match begin(client, ctx, &mut answer).await {
         Ok(()) => follow(client, ctx, &mut answer).await,
-        Err(_) => Outcome::ClientGone,
+        Err(Unsent::Gone(Gone)) => Outcome::ClientGone,
+        Err(Unsent::Defect(error)) => {
+            tracing::error!(%error, "an answer's header cannot be written");
+            Outcome::BrokenOff
+        }
     };
     let tally = &mut ctx.exchange.tally;
     tally.upstream_time += began.elapsed();
-    let estimate = ctx.exchange.call.as_ref().map_or(0, |c| c.prompt_tokens());
     if answer.status.is_success() {
-        tally.usage = Some(answer.meter.usage(estimate));
         tally.last_token = answer.stream.then(|| answer.last_token.duration_since(began));
     } else if let Some(reservation) = &mut ctx.exchange.reservation {
         reservation.failed();
     }
-    let Answer { mut up, peer, idle, guard, .. } = *answer;
+    let charged = answer.status.is_success();
+    let Answer { mut up, peer, idle, guard, mut meter, ended, .. } = *answer;
     drop(guard);
     // An upstream that did not end its body in time keeps it to itself: its connection is closed.
-    if outcome == Outcome::Answered && up.response_done() {
+    if ended && outcome != Outcome::BrokenOff && up.response_done() {
         ctx.gateway.connector.release_http_session(up, &peer, Some(idle)).await;
+    } else {
+        drop(up);
+    }
+    if charged {
+        settle(ctx, &mut meter, prompt).await;
     }
     outcome
+}
+
+/// What the answer cost, to the best of what can be known.
+async fn settle(ctx: &mut Ctx, meter: &mut Meter, prompt: Option<Prompt>) {
+    if let Some(prompt) = prompt.filter(|_| !meter.states_input()) {
+        ctx.exchange.count_prompt(&prompt.body).await;
+    }
+    if let (Some(uncovered), Some(target)) = (meter.uncovered(), &ctx.exchange.target) {
+        let tokens = uncovered.tokens(target.tokens, Some(&target.learned.output)).await;
+        meter.recount(tokens);
+    }
+    let usage = meter.usage(ctx.exchange.prompt_tokens());
+    let tally = &mut ctx.exchange.tally;
+    tally.usage = Some(usage);
+    tally.output = (meter.estimated_output(), meter.done());
 }
 
 fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
@@ -55,14 +92,25 @@ fn note_first_token(ctx: &mut Ctx, answer: &Answer) {
     }
 }
 
+/// Why an answer's beginning was not sent.
+enum Unsent {
+    Gone(Gone),
+    Defect(Box<pingora_core::Error>),
+}
+
 /// Sends the header and what was held back.
-async fn begin(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> pingora_core::Result<()> {
-    let mut head = client_head(answer, client.req_header().version)?;
-    reply::decorate(&mut head, ctx)?;
-    ctx.exchange.tally.status = head.status.as_u16();
-    client.write_response_header(Box::new(head)).await?;
+async fn begin(client: &mut Client<'_>, ctx: &mut Ctx, answer: &mut Answer) -> Result<(), Unsent> {
+    if !client.is_gone() {
+        let version = client.session().req_header().version;
+        let mut head = client_head(answer, version).map_err(Unsent::Defect)?;
+        reply::decorate(&mut head, ctx).map_err(Unsent::Defect)?;
+        ctx.exchange.tally.status = head.status.as_u16();
+        if client.session().write_response_header(Box::new(head)).await.is_err() {
+            client.note_left();
+        }
+    }
     for bytes in std::mem::take(&mut answer.held) {
-        forward(client, ctx, bytes).await?;
+        forward(client, ctx, bytes).await.map_err(Unsent::Gone)?;
     }
     settle_progress(ctx, answer);
     Ok(())
@@ -99,12 +147,14 @@ fn client_head(answer: &Answer, version: Version) -> pingora_core::Result<Respon
     Ok(head)
 }
 
-async fn forward(client: &mut ServerSession, ctx: &mut Ctx, bytes: Bytes) -> pingora_core::Result<()> {
+async fn forward(client: &mut Client<'_>, ctx: &mut Ctx, bytes: Bytes) -> Result<(), Gone> {
     if bytes.is_empty() {
         return Ok(());
     }
-    ctx.exchange.tally.bytes_out += bytes.len() as u64;
-    client.write_response_body(bytes, false).await
+    if !client.is_gone() {
+        ctx.exchange.tally.bytes_out += bytes.len() as u64;
+    }
+    client.write(bytes, false).await
 }
 
 fn settle_progress(ctx: &mut Ctx, answer: &Answer) {
@@ -125,7 +175,7 @@ enum Event {
 }
 
 /// Relays until the body ends, breaks, or the client leaves.
-async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) -> Outcome {
+async fn follow(client: &mut Client<'_>, ctx: &mut Ctx, answer: &mut Answer) -> Outcome {
     let total = answer.dispatched + answer.timeouts.total;
     let timer = sleep_until(total);
     tokio::pin!(timer);
@@ -145,7 +195,7 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
                 Ok(None) => Event::End,
                 Err(error) => Event::Broken(error.etype().as_str().to_owned()),
             },
-            _ = client.read_body_or_idle(true) => Event::ClientGone,
+            Gone = client.leaves() => Event::ClientGone,
             () = &mut cut => Event::Late(GatewayError::Unavailable(Unavailable::Draining)),
             () = &mut timer => {
                 let now = Instant::now();
@@ -162,7 +212,10 @@ async fn follow(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer) 
             None => continue,
         }
     }
-    if client.write_response_body(Bytes::new(), true).await.is_err() { Outcome::ClientGone } else { Outcome::Answered }
+    match client.write(Bytes::new(), true).await {
+        Ok(()) if !client.is_gone() => Outcome::Answered,
+        Ok(()) | Err(Gone) => Outcome::ClientGone,
+    }
 }
 
 fn due(answer: &Answer, total: Instant) -> Instant {
@@ -175,7 +228,7 @@ fn due(answer: &Answer, total: Instant) -> Instant {
 }
 
 /// Takes one event further; `Some` ends the relay.
-async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, event: Event) -> Option<Outcome> {
+async fn step(client: &mut Client<'_>, ctx: &mut Ctx, answer: &mut Answer, event: Event) -> Option<Outcome> {
     let seen = match event {
         Event::Chunk(chunk) => match answer.meter.feed(chunk) {
             Ok(seen) => seen,
@@ -201,7 +254,10 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             let outcome = break_off(client, ctx, error, "cut at a deadline").await;
             return Some(if ours { Outcome::CutOff } else { outcome });
         }
-        Event::ClientGone => return Some(Outcome::ClientGone),
+        Event::ClientGone => {
+            catch_up(answer).await;
+            return Some(Outcome::ClientGone);
+        }
     };
     if seen.token || seen.done {
         answer.last_token = Instant::now();
@@ -216,6 +272,7 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
             _ => bytes,
         };
         if forward(client, ctx, bytes).await.is_err() {
+            catch_up(answer).await;
             return Some(Outcome::ClientGone);
         }
     }
@@ -223,8 +280,23 @@ async fn step(client: &mut ServerSession, ctx: &mut Ctx, answer: &mut Answer, ev
     None
 }
 
+/// Reads what the node has produced already, without waiting for more: it is charged, seen by the client or not.
+async fn catch_up(answer: &mut Answer) {
+    for _ in 0..CAUGHT_UP {
+        let chunk = tokio::select! {
+            biased;
+            read = answer.up.read_response_body() => read,
+            () = std::future::ready(()) => return,
+        };
+        let Ok(Some(chunk)) = chunk else { return };
+        if answer.meter.feed(chunk).is_err() {
+            return;
+        }
+    }
+}
+
 /// Tells the client of an answer that cannot go on: an error event, where it is a stream, and an unclean end.
-async fn break_off(client: &mut ServerSession, ctx: &mut Ctx, error: GatewayError, detail: &str) -> Outcome {
+async fn break_off(client: &mut Client<'_>, ctx: &mut Ctx, error: GatewayError, detail: &str) -> Outcome {
     let request_id = ctx.exchange.arrival.request_id.clone();
     tracing::info!(
         request_id = request_id.as_str(),
@@ -233,7 +305,11 @@ async fn break_off(client: &mut ServerSession, ctx: &mut Ctx, error: GatewayErro
         "answer broke off"
     );
     ctx.exchange.tally.code = Some(error.face().code);
-    let is_stream = client.response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
+    if client.is_gone() {
+        return Outcome::ClientGone;
+    }
+    let is_stream =
+        client.session().response_written().is_some_and(|h| !h.headers.contains_key(header::CONTENT_LENGTH));
     if is_stream && ctx.exchange.tally.first_token.is_some() {
         let event = dialect::error_event(ctx.exchange.arrival.dialect, &error, request_id.as_str());
         let _ = forward(client, ctx, event).await;

@@ -9,20 +9,22 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use http::Method;
 use http::header::HeaderName;
+use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::auth::{Auth, AuthConfig, Caller, Elsewhere, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
-use tollgate_filters::limit::rule::Zone;
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
+use tollgate_filters::meter::exact::Tokens;
+use tollgate_filters::meter::learned::Learned;
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
 use tollgate_filters::upstream::{Credential, Eject, Node, NodeState, Pool, Timeouts, Upstream};
 
-use super::{Callee, Checked, Lane, Lasting, Pass, Route, Runtime};
+use super::{Callee, Checked, Lane, Lasting, OnAbort, Pass, Route, Runtime};
 use crate::config::{self, Allowed, Document, Toggle};
 
 type Built<T> = Result<T, ConfigError>;
@@ -39,15 +41,8 @@ pub(crate) fn build(
 ) -> Built<Runtime> {
     let document = checked.document;
     let generation = before.map_or(1, |b| b.generation + 1);
-    let elsewhere = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys).map(|keyring| Elsewhere {
-        keyring: Arc::clone(keyring),
-        tiers: document
-            .tiers
-            .iter()
-            .map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)))
-            .collect(),
-        generation,
-    });
+    let keyring = lasting.keyring.as_ref().filter(|_| document.auth.redis_keys);
+    let elsewhere = keyring.map(|keyring| elsewhere(document, Arc::clone(keyring), generation));
     let keys = Arc::new(keys(document, world)?.and(elsewhere));
     let global = Arc::new(RuleSet::new(Scope::Global, "", &document.limits.global));
     let deps = Deps {
@@ -57,10 +52,11 @@ pub(crate) fn build(
         metrics: Arc::clone(&lasting.metrics),
     };
     let upstreams = upstreams(document, before, world)?;
-    let models = models(document, &upstreams);
+    let mut lessons = Lessons { before, all: HashMap::new() };
+    let models = models(document, &upstreams, &mut lessons);
     let mut router = Router::default();
     for (index, route) in document.routes.iter().enumerate() {
-        router.push(matcher(route), Arc::new(build_route(route, index, &upstreams, &deps)?));
+        router.push(matcher(route), Arc::new(build_route(route, index, &upstreams, &mut lessons, &deps)?));
     }
     let nodes = upstreams.values().flat_map(|u| {
         u.nodes.iter().map(|n| ((Arc::clone(&u.name), Arc::clone(&n.name)), lasting.metrics.node(&u.name, &n.name)))
@@ -70,6 +66,7 @@ pub(crate) fn build(
         hash: checked.hash.to_owned(),
         since: SystemTime::now(),
         router,
+        learned: lessons.all,
         models,
         nodes: nodes.collect::<HashMap<_, _>>(),
         upstreams,
@@ -96,8 +93,15 @@ fn own(name: &str, deps: &Deps, chain: Chain) -> Route {
         chain,
         body_bytes: None,
         lane: Lane::Own,
+        on_abort: OnAbort::Cancel,
         metrics: deps.metrics.route(name),
     }
+}
+
+/// The keys that are not in the document, with the tiers that are in it.
+pub(crate) fn elsewhere(document: &Document, keyring: Arc<Keyring>, generation: u64) -> Elsewhere {
+    let tiers = document.tiers.iter().map(|(name, tier)| (name.clone(), (tier.limits.clone(), tier.when_down)));
+    Elsewhere { keyring, tiers: tiers.collect(), generation }
 }
 
 fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
@@ -106,6 +110,8 @@ fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
         let hash = key_hash(key, world).map_err(|why| ConfigError::new(format!("keys[{index}]"), why))?;
         let tier = key.tier.as_ref().and_then(|name| document.tiers.get(name));
         let limits = tier.map(|t| t.limits.clone()).unwrap_or_default().overridden(&key.limits);
+        let zone =
+            key.zone().ok_or_else(|| ConfigError::new(format!("keys[{index}].zone"), "there is no such zone"))?;
         let caller = Caller {
             id: key.id.as_str().into(),
             tier: key.tier.as_deref().map(Into::into),
@@ -113,9 +119,7 @@ fn keys(document: &Document, world: &dyn World) -> Built<Keys> {
             routes: names(&key.routes),
             expires: key.expires.as_ref().map(|t| u64::try_from(t.0.unix_timestamp()).unwrap_or(0)),
             rules: Arc::new(
-                RuleSet::new(Scope::Key, &key.id, &limits)
-                    .in_zone(Zone(key.utc_offset.0))
-                    .when_down(tier.and_then(|t| t.when_down)),
+                RuleSet::new(Scope::Key, &key.id, &limits).in_zone(zone).when_down(tier.and_then(|t| t.when_down)),
             ),
         };
         all.push((hash, Arc::new(caller)));
@@ -170,6 +174,7 @@ fn upstreams(
         let upstream = Upstream {
             name: name.as_str().into(),
             dialect: written.dialect,
+            continuous_usage: written.engine == config::Engine::Vllm,
             policy: policy(written.balance),
             nodes: written.nodes.iter().map(|n| Arc::new(node(n, known))).collect(),
             credentials,
@@ -234,14 +239,45 @@ fn node(written: &config::Node, known: Option<&Arc<Upstream>>) -> Node {
     }
 }
 
-fn models(document: &Document, upstreams: &BTreeMap<String, Arc<Upstream>>) -> BTreeMap<Box<str>, Arc<Model>> {
+/// What was learned of models, handed on to the next configuration as far as it still has them.
+struct Lessons<'a> {
+    before: Option<&'a Runtime>,
+    all: HashMap<(Arc<str>, Arc<str>), Arc<Learned>>,
+}
+
+impl Lessons<'_> {
+    fn target(&mut self, upstream: Arc<Upstream>, model: &str, on: Vec<Class>) -> Target {
+        let model: Arc<str> = model.into();
+        let names = (Arc::clone(&upstream.name), Arc::clone(&model));
+        let known = self.before.and_then(|before| before.learned.get(&names));
+        let learned = self.all.entry(names).or_insert_with(|| known.map(Arc::clone).unwrap_or_default());
+        Target {
+            upstream,
+            tokens: Tokens::of(&model),
+            learned: Arc::clone(learned),
+            model,
+            on,
+            larger_context: false,
+            continues: false,
+        }
+    }
+}
+
+fn models(
+    document: &Document,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    lessons: &mut Lessons<'_>,
+) -> BTreeMap<Box<str>, Arc<Model>> {
     let mut all = BTreeMap::new();
     for (name, written) in &document.models {
-        let targets = written.targets.iter().filter_map(|target| {
-            let upstream = Arc::clone(upstreams.get(&target.upstream)?);
-            let model = target.model.as_deref().unwrap_or(name).into();
-            let (on, larger_context, continues) = (target.on.clone(), target.larger_context, target.continues);
-            Some(Target { upstream, model, on, larger_context, continues })
+        let targets = written.targets.iter().filter_map(|written| {
+            let upstream = Arc::clone(upstreams.get(&written.upstream)?);
+            let target = Target {
+                larger_context: written.larger_context,
+                continues: written.continues,
+                ..lessons.target(upstream, written.model.as_deref().unwrap_or(name), written.on.clone())
+            };
+            Some(target)
         });
         let model = Arc::new(Model {
             name: name.as_str().into(),
@@ -297,6 +333,7 @@ fn build_route(
     written: &config::Route,
     index: usize,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
+    lessons: &mut Lessons<'_>,
     deps: &Deps,
 ) -> Built<Route> {
     let missing = |name: &str| ConfigError::new(format!("routes[{index}]"), format!("there is no upstream `{name}`"));
@@ -306,7 +343,7 @@ fn build_route(
         (Some(call), _) => match &call.upstream {
             Some(name) => {
                 let upstream = find(name)?;
-                (Lane::Call(Callee::Upstream(Arc::new(nameless(&upstream)))), Some(upstream))
+                (Lane::Call(Callee::Upstream(Arc::new(nameless(&upstream, lessons)))), Some(upstream))
             }
             None => (Lane::Call(Callee::Models(call.models.clone().unwrap_or_default())), None),
         },
@@ -331,19 +368,17 @@ fn build_route(
         chain: chain(written, index, deps)?,
         body_bytes: written.body_bytes.map(|s| s.0),
         lane,
+        on_abort: match written.on_abort {
+            config::OnAbort::Cancel => OnAbort::Cancel,
+            config::OnAbort::Drain(at_most) => OnAbort::Drain(at_most.0),
+        },
         metrics: deps.metrics.route(&written.name),
     })
 }
 
 /// A route to one upstream has a model without a name: its calls are sent as they are.
-fn nameless(upstream: &Arc<Upstream>) -> Model {
-    let target = Target {
-        upstream: Arc::clone(upstream),
-        model: "".into(),
-        on: Class::DEFAULT.to_vec(),
-        larger_context: false,
-        continues: false,
-    };
+fn nameless(upstream: &Arc<Upstream>, lessons: &mut Lessons<'_>) -> Model {
+    let target = lessons.target(Arc::clone(upstream), "", Class::DEFAULT.to_vec());
     Model {
         name: "".into(),
         targets: vec![target],

@@ -126,6 +126,13 @@ impl Wire {
         Self { to, sender: Sender::Two(sender), task }
     }
 
+    /// Another handle of the same HTTP/2 connection, for one more call at the same time; it lives as long as the first.
+    pub(crate) fn again(&self) -> Self {
+        let Sender::Two(sender) = &self.sender else { panic!("only HTTP/2 carries many calls at once") };
+        let task = tokio::spawn(async {}).abort_handle();
+        Self { to: self.to, sender: Sender::Two(sender.clone()), task }
+    }
+
     /// Waits for the head of the answer.
     pub(crate) async fn open(&mut self, request: Request) -> Reply {
         let what = format!("{} {} to answer", request.method, request.target);
@@ -137,7 +144,8 @@ impl Wire {
         self.open(request).await.whole().await
     }
 
-    async fn try_send(&mut self, request: Request) -> Result<Reply, String> {
+    /// Waits for the head of the answer as long as it takes; the connection may break instead.
+    pub(crate) async fn try_send(&mut self, request: Request) -> Result<Reply, String> {
         let mut built = http::Request::builder().method(request.method.as_str());
         let named = request.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
         let host = named.map_or_else(|| self.to.to_string(), |(_, host)| host.clone());

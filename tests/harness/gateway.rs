@@ -125,6 +125,11 @@ impl Gateway {
         format!("http://{}", self.addr())
     }
 
+    /// The admin port.
+    pub(crate) fn admin_url(&self) -> String {
+        format!("http://{}", self.admin)
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -29,6 +29,7 @@ pub(super) fn parse(kind: CallKind, dialect: Dialect, body: &[u8]) -> Result<Cal
             model: None,
             stream: false,
             include_usage: None,
+            continuous_usage: None,
             n: 1,
             max_tokens: None,
             user: None,
@@ -54,6 +55,21 @@ pub(super) fn parse(kind: CallKind, dialect: Dialect, body: &[u8]) -> Result<Cal
         depth.map_err(|_| invalid(name, "the body nests too deep: at most 128 levels are allowed"))?;
     }
     fields.finish(prompt)
+}
+
+/// The text of a body's prompt, as far as it counts; of a body that was parsed before.
+pub(super) fn text(body: &[u8]) -> Vec<u8> {
+    let mut prompt = Prompt::default();
+    prompt.text = Some(Vec::new());
+    for (name, value) in object(body).iter().flat_map(|object| &object.members) {
+        if matches!(value.get().as_bytes().first(), Some(b'{' | b'[')) {
+            // It was walked before without an error.
+            let _ = prompt.take_structure(name, value.get());
+        } else {
+            prompt.take_scalar(name, value.get());
+        }
+    }
+    prompt.text.unwrap_or_default()
 }
 
 struct Fields<'a> {
@@ -122,19 +138,30 @@ impl<'a> Fields<'a> {
             }
             other => other,
         })?;
-        self.call.spans.stream_options = StreamOptions::Without(start + 1, !options.members.is_empty());
-        let include = options.members.iter().find(|(name, _)| name == "include_usage");
-        if let Some((_, include)) = include {
+        let option = |wanted: &str| options.members.iter().find(|(name, _)| name == wanted).map(|(_, value)| *value);
+        let include = option("include_usage");
+        if let Some(include) = include {
             self.call.include_usage = match include.get() {
                 "true" => Some(true),
                 "false" => Some(false),
                 "null" => None,
                 _ => return Err(invalid("stream_options.include_usage", "`include_usage` must be true or false")),
             };
-            if let Some(place) = span(self.body, include.get()) {
-                self.call.spans.stream_options = StreamOptions::With(place);
-            }
         }
+        let continuous = option("continuous_usage_stats");
+        self.call.continuous_usage = continuous.and_then(|value| match value.get() {
+            "false" => Some(false),
+            "null" => None,
+            // Whatever else stands there is between the client and the upstream.
+            _ => Some(true),
+        });
+        let place = |value: Option<&'a RawValue>| value.and_then(|value| span(self.body, value.get()));
+        self.call.spans.stream_options = StreamOptions::Object {
+            inside: start + 1,
+            empty: options.members.is_empty(),
+            include: place(include),
+            continuous: place(continuous),
+        };
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::PromptSize;
 use crate::dialect::json::{TooDeep, Visit, walk};
+use crate::meter::estimate::decode;
 
 /// Start of the anchor's chain; every gateway must use the same, now and later.
 const ANCHOR_SEED: u64 = 0x746f_6c6c_6761_7465;
@@ -14,6 +15,8 @@ const ANCHOR_CUT: usize = 1024;
 #[derive(Default)]
 pub(super) struct Prompt<'a> {
     pub(super) size: PromptSize,
+    /// The text itself, where it is asked for: pieces with a zero byte between them.
+    pub(super) text: Option<Vec<u8>>,
     tools: &'a [u8],
     system: &'a [u8],
     opening: &'a [u8],
@@ -25,8 +28,7 @@ impl<'a> Prompt<'a> {
         let bytes = raw.as_bytes();
         match name {
             "messages" | "contents" | "input" | "prompt" => {
-                let mut conversation =
-                    Conversation { size: &mut self.size, every_key: false, role: false, user: false, opening: None };
+                let mut conversation = Conversation::new(&mut self.size, &mut self.text, false);
                 walk(bytes, 1, &mut conversation)?;
                 let cut = match conversation.opening {
                     Some(end) => end,
@@ -46,11 +48,11 @@ impl<'a> Prompt<'a> {
             "tools" | "functions" => {
                 self.tools = bytes;
                 // A schema is given to the model as text, keys and all.
-                self.size.text.feed(bytes);
+                self.take_raw(bytes);
                 walk(bytes, 1, &mut ())
             }
             "response_format" => {
-                self.size.text.feed(bytes);
+                self.take_raw(bytes);
                 walk(bytes, 1, &mut ())
             }
             _ => walk(bytes, 1, &mut ()),
@@ -67,12 +69,19 @@ impl<'a> Prompt<'a> {
             "query" | "suffix" => {}
             _ => return,
         }
-        self.size.text.feed_string(text);
-        self.size.text.separate();
+        count(&mut self.size, &mut self.text, text);
+    }
+
+    fn take_raw(&mut self, bytes: &[u8]) {
+        self.size.text.feed(bytes);
+        if let Some(kept) = &mut self.text {
+            kept.extend_from_slice(bytes);
+            kept.push(0);
+        }
     }
 
     fn walk_text(&mut self, bytes: &[u8], every_key: bool) -> Result<(), TooDeep> {
-        walk(bytes, 1, &mut Conversation { size: &mut self.size, every_key, role: false, user: false, opening: None })
+        walk(bytes, 1, &mut Conversation::new(&mut self.size, &mut self.text, every_key))
     }
 
     /// A hash of how the prompt begins. A client that repeats the conversation with each turn repeats these bytes.
@@ -80,6 +89,16 @@ impl<'a> Prompt<'a> {
         [self.tools, self.system, self.opening]
             .into_iter()
             .fold(ANCHOR_SEED, |seed, part| xxh3_64_with_seed(part, seed))
+    }
+}
+
+/// Takes in the text of one JSON string.
+fn count(size: &mut PromptSize, kept: &mut Option<Vec<u8>>, text: &[u8]) {
+    size.text.feed_string(text);
+    size.text.separate();
+    if let Some(kept) = kept {
+        decode(text, |piece| kept.extend_from_slice(piece));
+        kept.push(0);
     }
 }
 
@@ -93,6 +112,7 @@ const MESSAGE_DEPTH: usize = 3;
 /// Reads messages, or any other structure with text.
 struct Conversation<'s> {
     size: &'s mut PromptSize,
+    text: &'s mut Option<Vec<u8>>,
     /// Whether strings count under every key, also those that mostly hold ids and addresses.
     every_key: bool,
     /// Whether the thing at hand is a message: it has a role.
@@ -103,10 +123,13 @@ struct Conversation<'s> {
     opening: Option<usize>,
 }
 
-impl Conversation<'_> {
+impl<'s> Conversation<'s> {
+    fn new(size: &'s mut PromptSize, text: &'s mut Option<Vec<u8>>, every_key: bool) -> Self {
+        Self { size, text, every_key, role: false, user: false, opening: None }
+    }
+
     fn count(&mut self, text: &[u8]) {
-        self.size.text.feed_string(text);
-        self.size.text.separate();
+        count(self.size, self.text, text);
     }
 }
 

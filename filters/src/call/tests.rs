@@ -174,7 +174,7 @@ fn dify_calls_need_no_model_and_stream_by_response_mode() {
     assert_eq!(call.prompt.tokens(), 4);
     assert!(!parse(CallKind::DifyWorkflow, r#"{"inputs":{},"response_mode":"blocking"}"#).stream);
     let bytes = Bytes::from(body);
-    assert_eq!(call.rewrite(&bytes, Some("x"), true), bytes);
+    assert_eq!(call.rewrite(&bytes, Some("x"), AskUsage::AtEnd), bytes);
 }
 
 #[test]
@@ -238,7 +238,7 @@ fn a_completion_is_anchored_by_the_first_kibibyte_of_its_prompt() {
 
 fn rewritten(body: &str, model: Option<&str>) -> String {
     let call = Call::parse(CallKind::Completion, Dialect::Openai, body.as_bytes()).unwrap();
-    String::from_utf8(call.rewrite(&Bytes::copy_from_slice(body.as_bytes()), model, true).to_vec()).unwrap()
+    String::from_utf8(call.rewrite(&Bytes::copy_from_slice(body.as_bytes()), model, AskUsage::AtEnd).to_vec()).unwrap()
 }
 
 #[test]
@@ -275,6 +275,63 @@ fn only_the_model_and_the_wish_for_usage_are_written() {
 }
 
 #[test]
+fn usage_with_every_event_is_asked_for_and_shown_only_to_who_asked() {
+    for (options, written, view) in [
+        ("", r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#, UsageView::Nothing),
+        (
+            r#","stream_options":null"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{}"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{"include_usage":false,"x":1}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true,"x":1}"#,
+            UsageView::Nothing,
+        ),
+        (
+            r#","stream_options":{"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::AtEnd,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":false,"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::AtEnd,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            r#","stream_options":{"continuous_usage_stats":true,"include_usage":true}"#,
+            UsageView::All,
+        ),
+        (
+            r#","stream_options":{"continuous_usage_stats":true}"#,
+            r#","stream_options":{"include_usage":true,"continuous_usage_stats":true}"#,
+            UsageView::Nothing,
+        ),
+    ] {
+        let body = format!(r#"{{"model":"m","stream":true{options}}}"#);
+        let call = Call::parse(CallKind::Completion, Dialect::Openai, body.as_bytes()).unwrap();
+        let out = call.rewrite(&Bytes::from(body), None, AskUsage::Always);
+        assert_eq!(std::str::from_utf8(&out).unwrap(), format!(r#"{{"model":"m","stream":true{written}}}"#));
+        assert_eq!(call.usage_view(AskUsage::Always), view, "{options}");
+    }
+}
+
+#[test]
+fn the_text_of_a_prompt_is_what_its_estimate_counts() {
+    let body = r#"{"model":"m","messages":[{"role":"user","content":"one\ntwo"},{"role":"user","content":[{"type":"text","text":"thr\u00e9e"},{"type":"image_url","image_url":{"url":"http://x"}}]}],"tools":[{"a":1}]}"#;
+    let call = chat(body).unwrap();
+    let text = String::from_utf8(call.prompt_text(body.as_bytes())).unwrap();
+    assert_eq!(text, "one\ntwo\0thr\u{e9}e\0[{\"a\":1}]\0");
+    assert!(!call.prompt.is_text() && call.prompt.with_text(7) == 7 + call.prompt.with_text(0));
+}
+
+#[test]
 fn a_body_that_needs_no_change_is_the_same_body() {
     for body in [
         r#"{"model":"m","stream":true,"stream_options":{"include_usage":true},"messages":[1]}"#,
@@ -282,8 +339,8 @@ fn a_body_that_needs_no_change_is_the_same_body() {
     ] {
         let bytes = Bytes::from(body);
         let call = chat(body).unwrap();
-        assert_eq!(call.rewrite(&bytes, Some("m"), true).as_ptr(), bytes.as_ptr());
-        assert_eq!(call.rewrite(&bytes, None, false).as_ptr(), bytes.as_ptr());
+        assert_eq!(call.rewrite(&bytes, Some("m"), AskUsage::AtEnd).as_ptr(), bytes.as_ptr());
+        assert_eq!(call.rewrite(&bytes, None, AskUsage::Nothing).as_ptr(), bytes.as_ptr());
         assert!(!call.hides_usage());
     }
     let embedding = Call::parse(CallKind::Embedding, Dialect::Openai, br#"{"model":"m","stream":true}"#).unwrap();
@@ -339,7 +396,7 @@ proptest! {
         let text = if pretty { serde_json::to_vec_pretty(&body).unwrap() } else { serde_json::to_vec(&body).unwrap() };
         let text = Bytes::from(text);
         let call = Call::parse(CallKind::Completion, Dialect::Openai, &text).unwrap();
-        let out = call.rewrite(&text, Some(&new), true);
+        let out = call.rewrite(&text, Some(&new), AskUsage::AtEnd);
 
         let mut expected = body.clone();
         expected.insert("model".into(), new.clone().into());
@@ -354,10 +411,10 @@ proptest! {
 
         // A second reading sees nothing left to do, and writing the old name back gives the old bytes where usage was not asked.
         let again = Call::parse(CallKind::Completion, Dialect::Openai, &out).unwrap();
-        prop_assert_eq!(again.rewrite(&out, Some(&new), true), out);
-        let renamed = call.rewrite(&text, Some(&new), false);
+        prop_assert_eq!(again.rewrite(&out, Some(&new), AskUsage::AtEnd), out);
+        let renamed = call.rewrite(&text, Some(&new), AskUsage::Nothing);
         let again = Call::parse(CallKind::Completion, Dialect::Openai, &renamed).unwrap();
-        prop_assert_eq!(again.rewrite(&renamed, call.model.as_deref(), false), text);
+        prop_assert_eq!(again.rewrite(&renamed, call.model.as_deref(), AskUsage::Nothing), text);
     }
 
     #[test]
@@ -403,7 +460,7 @@ fn speed_of_a_32_mib_body() {
         let call = Call::parse(kind, Dialect::Openai, &text).unwrap();
         let speed = text.len() as f64 / (cpu_seconds() - start) / 1e6;
         let start = cpu_seconds();
-        let out = call.rewrite(&text, Some("other"), true);
+        let out = call.rewrite(&text, Some("other"), AskUsage::AtEnd);
         let copy = out.len() as f64 / (cpu_seconds() - start) / 1e6;
         println!("{name}: parse {speed:.0} MB/s, rewrite {copy:.0} MB/s, {} tokens", call.prompt.tokens());
     }

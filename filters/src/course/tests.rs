@@ -41,6 +41,7 @@ fn upstream(name: &str, nodes: usize, credentials: usize) -> Upstream {
     Upstream {
         name: name.into(),
         dialect: Dialect::Openai,
+        continuous_usage: false,
         policy: Policy::RoundRobin,
         nodes: (0..nodes).map(|n| node(format!("{name}-{n}"))).collect(),
         credentials: (0..credentials).map(credential).collect(),
@@ -59,6 +60,8 @@ fn target(upstream: Upstream) -> Target {
         model: "m".into(),
         upstream: Arc::new(upstream),
         on: Class::DEFAULT.to_vec(),
+        tokens: crate::meter::exact::Tokens::of("m"),
+        learned: Arc::default(),
         larger_context: false,
         continues: false,
     }

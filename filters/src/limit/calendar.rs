@@ -1,10 +1,12 @@
 //! Days and months: budgets of a calendar period, with holds for calls that are still open.
 
-use super::rule::Zone;
 use super::window::{Grant, Reading};
+use super::zone::{Change, Zone};
 
 const SECOND: u64 = 1_000_000;
 const DAY_SECS: i64 = 86_400;
+/// How far from now a period can begin or end, and the clocks of two machines apart, in seconds.
+const AROUND: i64 = 60 * DAY_SECS;
 
 /// One day or month, from its first microsecond to the first of the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,10 +22,14 @@ enum Span {
 }
 
 impl Span {
+    /// The period in which `now` lies.
+    ///
+    /// A day begins the first time that its zone writes its date. So it may have 23 or 25 hours, and what the clocks repeat
+    /// of the day before, once it has begun, belongs to it. `lib.lua` does the same.
     fn period(self, zone: Zone, now: u64) -> Period {
-        let offset = i64::from(zone.0);
-        let local = i64::try_from(now / SECOND).unwrap_or(i64::MAX / 2).saturating_add(offset);
-        let day = local.div_euclid(DAY_SECS);
+        let now = i64::try_from(now / SECOND).unwrap_or(i64::MAX / 2);
+        let day = now.saturating_add(i64::from(zone.from(now).0)).div_euclid(DAY_SECS);
+        let day = if begin(zone, now, day + 1) <= now { day + 1 } else { day };
         let (first, next) = match self {
             Self::Day => (day, day + 1),
             Self::Month => {
@@ -32,9 +38,31 @@ impl Span {
                 (first_day(year, month), first_day(after_year, after))
             }
         };
-        let instant = |day: i64| u64::try_from(day * DAY_SECS - offset).unwrap_or(0).saturating_mul(SECOND);
+        let instant = |day: i64| u64::try_from(begin(zone, now, day)).unwrap_or(0).saturating_mul(SECOND);
         Period { start: instant(first), end: instant(next) }
     }
+}
+
+/// The changes of a zone that can matter to the months around `now`: the offset before them, and they.
+pub(super) fn changes_around(zone: Zone, now: i64) -> (i32, &'static [Change]) {
+    let (offset, after) = zone.from(now.saturating_sub(AROUND));
+    let near = after.partition_point(|change| change.at < now.saturating_add(AROUND));
+    (offset, after.get(..near).unwrap_or_default())
+}
+
+/// The second in which a day, counted from 1970-01-01, begins in that zone; it must be near `now`.
+fn begin(zone: Zone, now: i64, day: i64) -> i64 {
+    let midnight = day.saturating_mul(DAY_SECS);
+    let (mut offset, changes) = changes_around(zone, now);
+    let mut from = i64::MIN;
+    for change in changes {
+        let begin = midnight.saturating_sub(offset.into()).max(from);
+        if begin < change.at {
+            return begin;
+        }
+        (from, offset) = (change.at, change.offset);
+    }
+    midnight.saturating_sub(offset.into()).max(from)
 }
 
 /// Year and month (1 to 12) of a day counted from 1970-01-01, in the Gregorian calendar.
@@ -170,7 +198,91 @@ mod tests {
         assert_eq!(month.end - month.start, 29 * 86_400 * SECOND);
         assert_eq!(month.end, day.end);
         // 12:00 UTC is 20:00 eight hours east: four hours are left of that day.
-        assert_eq!(Span::Day.period(Zone(8 * 3_600), noon).end - noon, 4 * 3_600 * SECOND);
+        assert_eq!(Span::Day.period(Zone::Fixed(8 * 3_600), noon).end - noon, 4 * 3_600 * SECOND);
+    }
+
+    /// The period of a zone at a moment, as two moments.
+    fn written(span: Span, zone: &str, now: &str) -> (String, String) {
+        let now = now.parse::<jiff::Timestamp>().unwrap().as_microsecond();
+        let period = span.period(Zone::named(zone).unwrap(), now.try_into().unwrap());
+        let text = |at: u64| jiff::Timestamp::from_microsecond(at.try_into().unwrap()).unwrap().to_string();
+        (text(period.start), text(period.end))
+    }
+
+    #[test]
+    fn a_day_has_23_or_25_hours_where_the_clocks_are_changed() {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        for now in ["2026-03-28T23:00:00Z", "2026-03-29T00:59:59Z", "2026-03-29T01:00:00Z", "2026-03-29T21:59:59Z"] {
+            let day = pair("2026-03-28T23:00:00Z", "2026-03-29T22:00:00Z");
+            assert_eq!(written(Span::Day, "Europe/Berlin", now), day, "{now}");
+        }
+        for now in ["2026-10-24T22:00:00Z", "2026-10-25T00:59:59Z", "2026-10-25T01:00:00Z", "2026-10-25T22:59:59Z"] {
+            let day = pair("2026-10-24T22:00:00Z", "2026-10-25T23:00:00Z");
+            assert_eq!(written(Span::Day, "Europe/Berlin", now), day, "{now}");
+        }
+        // Beirut's clocks skip the midnight, Cairo's come back from it; the half hour of Lord Howe is one too.
+        let beirut = written(Span::Day, "Asia/Beirut", "2026-03-28T23:30:00Z");
+        assert_eq!(beirut, pair("2026-03-28T22:00:00Z", "2026-03-29T21:00:00Z"));
+        let cairo = written(Span::Day, "Africa/Cairo", "2026-10-29T21:30:00Z");
+        assert_eq!(cairo, pair("2026-10-28T21:00:00Z", "2026-10-29T22:00:00Z"));
+        let lord_howe = written(Span::Day, "Australia/Lord_Howe", "2026-04-05T00:00:00Z");
+        assert_eq!(lord_howe, pair("2026-04-04T13:00:00Z", "2026-04-05T13:30:00Z"));
+    }
+
+    #[test]
+    fn a_month_begins_and_ends_in_the_offset_of_its_own_edges() {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let march = written(Span::Month, "Europe/Berlin", "2026-03-15T12:00:00Z");
+        assert_eq!(march, pair("2026-02-28T23:00:00Z", "2026-03-31T22:00:00Z"));
+        let october = written(Span::Month, "Europe/Berlin", "2026-10-31T22:59:59.999999Z");
+        assert_eq!(october, pair("2026-09-30T22:00:00Z", "2026-10-31T23:00:00Z"));
+        assert_eq!(written(Span::Month, "Europe/Berlin", "2026-10-31T23:00:00Z").0, "2026-10-31T23:00:00Z");
+        // The first and the last place on earth where a day begins are 26 hours apart.
+        let line = written(Span::Month, "Pacific/Kiritimati", "2026-12-31T10:00:00Z");
+        assert_eq!(line, pair("2026-12-31T10:00:00Z", "2027-01-31T10:00:00Z"));
+        let midway = written(Span::Month, "Pacific/Midway", "2027-01-01T10:59:59Z");
+        assert_eq!(midway, pair("2026-12-01T11:00:00Z", "2027-01-01T11:00:00Z"));
+    }
+
+    #[test]
+    fn a_date_that_was_skipped_is_no_day_and_one_that_comes_twice_is_one() {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        // Samoa went over the date line: after the 29th of December came the 31st.
+        let before = written(Span::Day, "Pacific/Apia", "2011-12-30T09:59:59Z");
+        assert_eq!(before, pair("2011-12-29T10:00:00Z", "2011-12-30T10:00:00Z"));
+        let after = written(Span::Day, "Pacific/Apia", "2011-12-30T10:00:00Z");
+        assert_eq!(after, pair("2011-12-30T10:00:00Z", "2011-12-31T10:00:00Z"));
+        // St. John's put its clocks back from one past midnight to one past eleven of the day before.
+        let begun = pair("2010-11-07T02:30:00Z", "2010-11-08T03:30:00Z");
+        for now in ["2010-11-07T02:30:00Z", "2010-11-07T02:31:00Z", "2010-11-07T03:29:59Z", "2010-11-07T03:30:00Z"] {
+            assert_eq!(written(Span::Day, "America/St_Johns", now), begun, "{now}");
+        }
+    }
+
+    #[test]
+    fn in_every_zone_days_and_months_follow_each_other_without_gap_and_begin_where_the_calendar_says() {
+        let begin = jiff::civil::date(2024, 1, 1);
+        for name in Zone::names() {
+            let (zone, known) =
+                (Zone::named(&name).unwrap(), jiff::tz::TimeZoneDatabase::bundled().get(&name).unwrap());
+            let midnight = |date: jiff::civil::Date| {
+                let begin = date.at(12, 0, 0, 0).to_zoned(known.clone()).unwrap().start_of_day().unwrap();
+                u64::try_from(begin.timestamp().as_second()).unwrap() * SECOND
+            };
+            let mut date = begin;
+            while date < jiff::civil::date(2027, 1, 1) {
+                let (next, at) = (date.tomorrow().unwrap(), midnight(date));
+                let day = Period { start: at, end: midnight(next) };
+                assert_eq!(Span::Day.period(zone, day.start), day, "{name} {date}");
+                assert_eq!(Span::Day.period(zone, day.end - 1), day, "{name} {date}");
+                let month = Period {
+                    start: midnight(date.first_of_month()),
+                    end: midnight(date.last_of_month().tomorrow().unwrap()),
+                };
+                assert_eq!(Span::Month.period(zone, at + 1), month, "{name} {date}");
+                date = next;
+            }
+        }
     }
 
     #[test]
@@ -200,9 +312,9 @@ mod tests {
         let midnight = 20_000 * 86_400 * SECOND;
         let mut calendar = Calendar::day();
         let start = calendar.hold(10, Zone::UTC, midnight + 5);
-        assert_eq!(calendar.hold(5, Zone(-8 * 3_600), midnight + 6), start);
+        assert_eq!(calendar.hold(5, Zone::Fixed(-8 * 3_600), midnight + 6), start);
         assert!(calendar.settle(start, 10, 3));
-        assert_eq!(calendar.reading(Zone(-8 * 3_600), midnight + 7).used, 3);
-        assert_eq!(calendar.reading(Zone(-8 * 3_600), midnight + 7).held, 5);
+        assert_eq!(calendar.reading(Zone::Fixed(-8 * 3_600), midnight + 7).used, 3);
+        assert_eq!(calendar.reading(Zone::Fixed(-8 * 3_600), midnight + 7).held, 5);
     }
 }

@@ -9,11 +9,14 @@ mod link;
 mod server;
 mod share;
 pub(super) mod shared;
+mod spent;
 #[cfg(test)]
 mod tests;
 mod wire;
 
 pub(super) use wire::Wire;
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
@@ -78,17 +81,28 @@ pub(super) struct Asked<'a> {
     pub(super) charge: u64,
     /// It was admitted already: count it whatever the rules say.
     pub(super) admitted: bool,
-    /// By the server's clock; after it nobody waits for the answer. 0 is never.
-    pub(super) deadline: u64,
+    /// By the server's clock: after it nobody waits for the answer; of a call that was admitted already, when that was. 0 is
+    /// not known.
+    pub(super) at: u64,
 }
 
 /// A call that ended.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ended {
     pub(super) id: LeaseId,
-    pub(super) tokens: u64,
+    /// What it used; `None` if it never was a call, and the request is given back too.
+    pub(super) tokens: Option<u64>,
     /// The life of the store's data in which it was admitted.
     pub(super) epoch: u64,
+}
+
+/// What calls used that were admitted at about one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Amount {
+    /// The last of their admissions; by the server's clock, 0 is not known.
+    pub(super) at: u64,
+    pub(super) requests: u64,
+    pub(super) tokens: u64,
 }
 
 /// What the server says of itself.
@@ -96,6 +110,8 @@ pub(super) struct Ended {
 pub(super) struct Beat {
     pub(super) epoch: u64,
     pub(super) gateways: u64,
+    /// How many of them come before this one.
+    pub(super) before: u64,
     /// Its time in microseconds.
     pub(super) now: u64,
 }
@@ -142,6 +158,22 @@ impl Commands {
         format!("{:x}.{:x}", self.gateway, id.0)
     }
 
+    fn rules(&self, command: &mut Cmd, plan: &Plan) {
+        for set in plan.sets() {
+            command.arg(&*wire::of(set).rules(set.zone(), || self.second()));
+        }
+    }
+
+    /// The second since the epoch, near that of the server: it only says which changes of a zone are sent.
+    fn second(&self) -> i64 {
+        #[cfg(test)]
+        if let Some(now) = &self.now {
+            return i64::try_from(now.load(std::sync::atomic::Ordering::Acquire) / 1_000_000).unwrap();
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+    }
+
     async fn run(
         &self,
         connection: &MultiplexedConnection,
@@ -174,8 +206,8 @@ impl Commands {
         let reply = self.run(connection, &self.reserve, |command| {
             keys(command, plan);
             command.arg(self.lease(asked.id)).arg(LEASE_MICROS).arg(asked.tokens.min(MOST));
-            command.arg(asked.charge.min(MOST)).arg(u8::from(asked.admitted)).arg(asked.deadline);
-            rules(command, plan);
+            command.arg(asked.charge.min(MOST)).arg(u8::from(asked.admitted)).arg(asked.at);
+            self.rules(command, plan);
         });
         let reply = reply.await?;
         let mut numbers = reply.iter().copied();
@@ -213,7 +245,8 @@ impl Commands {
         let reply = self.run(connection, &self.settle, |command| {
             keys(command, &Plan::new());
             for one in ended {
-                command.arg(self.lease(one.id)).arg(one.tokens.min(MOST)).arg(one.epoch);
+                let tokens = one.tokens.map_or(-1, |tokens| tokens.min(MOST).cast_signed());
+                command.arg(self.lease(one.id)).arg(tokens).arg(one.epoch);
             }
         });
         let reply = reply.await?;
@@ -266,7 +299,7 @@ impl Commands {
     pub(super) async fn query(&self, connection: &MultiplexedConnection, plan: &Plan) -> RedisResult<Standings> {
         let reply = self.run(connection, &self.query, |command| {
             keys(command, plan);
-            rules(command, plan);
+            self.rules(command, plan);
         });
         let rows = wire::rows(plan, &mut reply.await?.into_iter()).ok_or_else(unexpected)?;
         Ok(Standings::new(plan.clone(), rows))
@@ -280,21 +313,27 @@ impl Commands {
         reply.await.map(|_| ())
     }
 
-    /// Charges calls that were admitted without the store and are over; sending the same `mark` again changes nothing.
+    /// Charges calls that were admitted without the store and are over, each amount to its time; sending the same `mark`
+    /// again changes nothing. Gives the tokens that no period took.
     pub(super) async fn spend(
         &self,
         connection: &MultiplexedConnection,
         mark: u64,
         plan: &Plan,
-        (requests, tokens): (u64, u64),
-    ) -> RedisResult<()> {
+        amounts: &[Amount],
+    ) -> RedisResult<u64> {
         let reply = self.run(connection, &self.spend, |command| {
             keys(command, plan);
-            command.arg(format!("{PREFIX}once:{:x}.{mark:x}", self.gateway)).arg(MARKED_MS);
-            command.arg(requests.min(MOST)).arg(tokens.min(MOST));
-            rules(command, plan);
+            command.arg(format!("{PREFIX}once:{:x}.{mark:x}", self.gateway)).arg(MARKED_MS).arg(amounts.len());
+            for Amount { at, requests, tokens } in amounts {
+                command.arg(*at).arg((*requests).min(MOST)).arg((*tokens).min(MOST));
+            }
+            self.rules(command, plan);
         });
-        reply.await.map(|_| ())
+        match reply.await?.as_slice() {
+            [_, lost] => Ok(u64::try_from(*lost).unwrap_or(0)),
+            _ => Err(unexpected()),
+        }
     }
 
     /// Tells that this gateway lives, and learns how many do. Fails where the store takes no writes.
@@ -305,7 +344,7 @@ impl Commands {
         });
         let reply = reply.await?;
         let number = |at: usize| reply.get(at).and_then(|number| u64::try_from(*number).ok()).ok_or_else(unexpected);
-        Ok(Beat { epoch: number(0)?, gateways: number(1)?, now: number(2)? })
+        Ok(Beat { epoch: number(0)?, gateways: number(1)?, now: number(2)?, before: number(3)? })
     }
 }
 
@@ -317,12 +356,6 @@ fn keys(command: &mut Cmd, plan: &Plan) {
     command.arg(2 + plan.sets().len()).arg(LEASES).arg(EXPIRY);
     for set in plan.sets() {
         command.arg(wire::of(set).key());
-    }
-}
-
-fn rules(command: &mut Cmd, plan: &Plan) {
-    for set in plan.sets() {
-        command.arg(wire::of(set).rules());
     }
 }
 

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock::{Clock, Instant64, SystemClock};
+use super::dimension::Unit;
 use super::guess::Guesses;
 use super::memory::{LeaseId, MemoryStore, Verdicts};
 use super::redis::shared::{Answer, Live, RedisOptions, Shared};
-use super::rule::{Plan, ScopeId};
+use super::rule::{Plan, Rule, ScopeId};
 use super::standing::Standings;
 use super::watch::Watch;
 use crate::error::{GatewayError, Refusal, Result};
@@ -82,12 +83,9 @@ impl Ledger {
 
     /// A ledger that several gateways share. Must be called in the tokio runtime that is to look after the connection. A
     /// store that is away at the start may come later; until then calls are decided as `when_down` says.
-    ///
-    /// # Errors
-    /// An address that is none; in words.
-    pub async fn in_redis(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Self, String> {
-        let store = Store::Shared(Shared::start(options, watch).await?);
-        Ok(Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() })))
+    pub async fn in_redis(options: &RedisOptions, watch: Arc<dyn Watch>) -> Self {
+        let store = Store::Shared(Shared::start(options, watch).await);
+        Self(Arc::new(Inner { store, clock: Arc::new(SystemClock::new()), guesses: Guesses::default() }))
     }
 
     /// Whether the counters are shared by several gateways.
@@ -135,6 +133,29 @@ impl Ledger {
         match &self.0.store {
             Store::Memory(memory) => Ok(memory.query(plan, self.now())),
             Store::Shared(shared) => shared.query(plan).await,
+        }
+    }
+
+    /// Tokens that the tightest rule of `plan` has left, as far as that is known without asking anybody; `None` without such a rule.
+    pub fn room(&self, plan: &Plan) -> Option<u64> {
+        let binds = |rule: &Rule| !rule.shadow && rule.dimension.unit() == Unit::Tokens;
+        if !plan.rules().any(|(_, rule)| binds(rule)) {
+            return None;
+        }
+        match &self.0.store {
+            Store::Memory(memory) => {
+                let standings = memory.query(plan, self.now());
+                standings.iter().filter(|standing| binds(standing.rule())).map(|standing| standing.remaining()).min()
+            }
+            Store::Shared(_) => plan
+                .sets()
+                .iter()
+                .filter_map(|set| {
+                    let known = set.remote().known.lock();
+                    let left = set.rules().iter().zip(&known.as_ref()?.remaining);
+                    left.filter(|(rule, _)| binds(rule)).map(|(_, left)| *left).min()
+                })
+                .min(),
         }
     }
 

@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::clock::Instant64;
 use super::dimension::{Dimension, Limits, Window};
 use super::redis::Wire;
+use super::zone::Zone;
 
 /// What a limit counts over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,15 +98,6 @@ impl Hash for ScopeId {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
-}
-
-/// Where a calendar day begins: seconds east of UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct Zone(pub i32);
-
-impl Zone {
-    /// Days and months of UTC, the default.
-    pub const UTC: Self = Self(0);
 }
 
 /// One limit of a scope.
@@ -202,9 +194,9 @@ impl RuleSet {
         Self { when_down, ..self }
     }
 
-    /// The part of these limits that one of `gateways` may grant on its own.
-    pub(super) fn share(&self, gateways: u64) -> Self {
-        let rule = |rule: &Rule| Rule { limit: rule.limit / gateways.max(1), ..rule.clone() };
+    /// These limits, each replaced by the part of it that one gateway may grant on its own.
+    pub(super) fn share(&self, part: impl Fn(u64) -> u64) -> Self {
+        let rule = |rule: &Rule| Rule { limit: part(rule.limit), ..rule.clone() };
         Self { rules: self.rules.iter().map(rule).collect(), ..self.clone() }
     }
 

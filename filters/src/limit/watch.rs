@@ -9,4 +9,7 @@ pub trait Watch: Send + Sync + 'static {
 
     /// One operation took that long, answered or not. `op` is a word of the code.
     fn store_took(&self, op: &'static str, took: Duration);
+
+    /// A call was refused by what the store said of one like it a moment before.
+    fn refused_again(&self);
 }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use super::calendar::Calendar;
 use super::dimension::Window;
-use super::rule::Zone;
+use super::zone::Zone;
 
 /// Sub-buckets of a rolling window.
 pub(super) const BUCKETS: u64 = 20;

@@ -117,15 +117,7 @@ impl TextSize {
 
     /// Adds the text of a JSON string, given as it stands between its quotes.
     pub fn feed_string(&mut self, raw: &[u8]) {
-        let mut rest = raw;
-        while let Some(at) = memchr::memchr(b'\\', rest) {
-            let (plain, escape) = rest.split_at_checked(at).unwrap_or((rest, b""));
-            self.feed(plain);
-            let (decoded, length) = unescape(escape);
-            self.feed(decoded.encode_utf8(&mut [0; 4]).as_bytes());
-            rest = escape.get(length..).unwrap_or_default();
-        }
-        self.feed(rest);
+        decode(raw, |piece| self.feed(piece));
     }
 
     /// Ends the text at hand: what is fed next is another one, so its first word does not go on with this one's last.
@@ -133,10 +125,10 @@ impl TextSize {
         self.feed(b"\0");
     }
 
-    /// Adds every string inside a JSON value, but for ids and types.
-    pub fn feed_value(&mut self, raw: &str) {
+    /// Adds every string inside a JSON value, but for ids and types; `keep` gets the same text, piece by piece.
+    pub fn feed_value(&mut self, raw: &str, keep: impl FnMut(&[u8])) {
         // A value from an upstream that nests too deep is counted as far as it was read.
-        let _ = json::walk(raw.as_bytes(), 0, &mut Strings(self));
+        let _ = json::walk(raw.as_bytes(), 0, &mut Strings { size: self, keep });
     }
 
     /// Tokens of the text so far, rounded up.
@@ -320,13 +312,32 @@ fn unescape(escape: &[u8]) -> (char, usize) {
     }
 }
 
-struct Strings<'a>(&'a mut TextSize);
+/// Takes a JSON string apart into the text that it stands for.
+pub(crate) fn decode(raw: &[u8], mut each: impl FnMut(&[u8])) {
+    let mut rest = raw;
+    while let Some(at) = memchr::memchr(b'\\', rest) {
+        let (plain, escape) = rest.split_at_checked(at).unwrap_or((rest, b""));
+        each(plain);
+        let (decoded, length) = unescape(escape);
+        each(decoded.encode_utf8(&mut [0; 4]).as_bytes());
+        rest = escape.get(length..).unwrap_or_default();
+    }
+    each(rest);
+}
 
-impl Visit for Strings<'_> {
+struct Strings<'a, K> {
+    size: &'a mut TextSize,
+    keep: K,
+}
+
+impl<K: FnMut(&[u8])> Visit for Strings<'_, K> {
     fn string(&mut self, key: &[u8], _depth: usize, text: &[u8]) {
         // These are the server's words around the output, not output.
         if !matches!(key, b"id" | b"type" | b"role" | b"call_id" | b"status") {
-            self.0.feed_string(text);
+            decode(text, |piece| {
+                self.size.feed(piece);
+                (self.keep)(piece);
+            });
         }
     }
 }
@@ -347,8 +358,18 @@ pub struct PromptSize {
 impl PromptSize {
     /// The estimate in tokens.
     pub fn tokens(&self) -> u64 {
+        self.with_text(self.text.tokens())
+    }
+
+    /// The same, where the tokens of the text are known better.
+    pub fn with_text(&self, text: u64) -> u64 {
         let head = if self.messages > 0 { (self.messages + 1) * MESSAGE_TOKENS } else { 0 };
-        self.text.tokens() + head + self.media * MEDIA_TOKENS + self.ids
+        text.saturating_add(head).saturating_add(self.media * MEDIA_TOKENS).saturating_add(self.ids)
+    }
+
+    /// Whether all of it is text, so that its estimate can be held against what the upstream says.
+    pub const fn is_text(&self) -> bool {
+        self.media == 0 && self.ids == 0
     }
 }
 
@@ -473,7 +494,7 @@ mod tests {
     #[test]
     fn a_value_counts_its_strings_without_its_keys() {
         let mut size = TextSize::default();
-        size.feed_value(r#"[{"type":"text","text":"one"},{"id":"call_1","text":" two"}]"#);
+        size.feed_value(r#"[{"type":"text","text":"one"},{"id":"call_1","text":" two"}]"#, |_| ());
         assert_eq!(size.tokens(), tokens("one two"));
     }
 

@@ -13,23 +13,36 @@ pub(super) fn forward(event: &Event, data: &Bytes, reading: &Reading<'_>, out: &
         return;
     }
     let cut = reading.usage_member.and_then(|value| span(data, value)).and_then(|value| member(data, value));
-    let Some((start, end)) = cut else {
-        out.push(event.raw.clone());
-        return;
-    };
+    match cut {
+        Some(cut) => out.push(edit(event, data, cut, b"")),
+        None => out.push(event.raw.clone()),
+    }
+}
+
+/// Sends on the event with `null` for its usage; only an event that is nothing but usage keeps it.
+pub(super) fn forward_null(event: &Event, data: &Bytes, reading: &Reading<'_>, out: &mut SmallVec<[Bytes; 2]>) {
+    let stated = reading.usage_member.filter(|value| !reading.only_usage && *value != "null");
+    match stated.and_then(|value| span(data, value)) {
+        Some(cut) => out.push(edit(event, data, cut, b"null")),
+        None => out.push(event.raw.clone()),
+    }
+}
+
+/// The event with a part of its data replaced.
+fn edit(event: &Event, data: &Bytes, (start, end): (usize, usize), text: &[u8]) -> Bytes {
     let head = data.get(..start).unwrap_or_default();
     let tail = data.get(end..).unwrap_or_default();
     if !event.whole {
-        out.push(rebuild(event, &[head, tail].concat()));
-        return;
+        return rebuild(event, &[head, text, tail].concat());
     }
     // The data is a slice of the event, so its offset there is the distance of their pointers.
     let offset = (data.as_ptr() as usize).saturating_sub(event.raw.as_ptr() as usize);
     // One piece: two would become two small writes.
-    let mut text = Vec::with_capacity(event.raw.len());
-    text.extend_from_slice(event.raw.get(..offset + start).unwrap_or_default());
-    text.extend_from_slice(event.raw.get(offset + end..).unwrap_or_default());
-    out.push(text.into());
+    let mut whole = Vec::with_capacity(event.raw.len() + text.len());
+    whole.extend_from_slice(event.raw.get(..offset + start).unwrap_or_default());
+    whole.extend_from_slice(text);
+    whole.extend_from_slice(event.raw.get(offset + end..).unwrap_or_default());
+    whole.into()
 }
 
 /// The member around a value: from its name to its value, with the one comma that must go with it.
@@ -70,7 +83,13 @@ mod tests {
     use crate::dialect::openai::read_event;
     use crate::dialect::sse::Splitter;
 
+    type Forward = fn(&Event, &Bytes, &Reading<'_>, &mut SmallVec<[Bytes; 2]>);
+
     fn hidden(text: &str) -> String {
+        shown(text, forward)
+    }
+
+    fn shown(text: &str, forward: Forward) -> String {
         let mut splitter = Splitter::default();
         splitter.push(Bytes::copy_from_slice(text.as_bytes()));
         let mut out = SmallVec::new();
@@ -110,6 +129,17 @@ mod tests {
             data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1}}\n\ndata: nonsense\n\n\ndata: [DONE]\n\n";
         let expected = ": hi\n\nid: 3\ndata: {\"choices\":[{}]}\nretry: 5\n\ndata: nonsense\n\n\ndata: [DONE]\n\n";
         assert_eq!(hidden(text), expected);
+    }
+
+    #[test]
+    fn figures_become_null_for_a_client_that_asked_for_the_end_alone() {
+        let text = "data: {\"choices\":[{}],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n\
+            data: {\"usage\":null,\"choices\":[{}]}\r\n\r\n: hi\n\ndata: {\"choices\":[{}],\ndata: \"usage\":{\"prompt_tokens\":1}}\n\n\
+            data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1}}\n\ndata: [DONE]\n\n";
+        let expected = "data: {\"choices\":[{}],\"usage\":null}\n\n\
+            data: {\"usage\":null,\"choices\":[{}]}\r\n\r\n: hi\n\ndata: {\"choices\":[{}],\ndata: \"usage\":null}\n\n\
+            data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1}}\n\ndata: [DONE]\n\n";
+        assert_eq!(shown(text, forward_null), expected);
     }
 
     #[test]

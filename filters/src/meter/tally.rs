@@ -1,6 +1,7 @@
 //! What an answer used, added up from what its events say and from our own count of its text.
 
 use super::estimate::TextSize;
+use super::kept::{Kept, Uncovered};
 use crate::dialect::{Counts, Found, Reading, StreamError};
 use crate::usage::{Usage, UsageSource};
 
@@ -8,6 +9,12 @@ use crate::usage::{Usage, UsageSource};
 pub(super) struct Tally {
     /// The text that passed.
     text: TextSize,
+    /// The text that passed since the last statement that covered all before it.
+    kept: Kept,
+    /// What that statement said of the output, and our estimate of the text at that moment.
+    base: (u64, u64),
+    /// A better count of the text since.
+    exact: Option<u64>,
     /// Usage of the call as a whole, as stated last.
     stated: Option<Counts>,
     /// Whether `stated` covers all output up to here.
@@ -35,12 +42,16 @@ impl Tally {
             self.covers = false;
         }
         for raw in &reading.texts {
-            self.text.feed_value(raw);
+            self.text.feed_value(raw, |piece| self.kept.push(piece));
         }
         match reading.found {
             Some(Found::Whole(counts)) => {
                 self.stated.get_or_insert_default().update(counts);
                 self.covers = true;
+                if let Some(output) = counts.output.filter(|output| *output > 0) {
+                    self.base = (output, self.text.tokens());
+                    self.kept.clear();
+                }
             }
             Some(Found::Begun(counts)) => self.stated.get_or_insert_default().update(counts),
             Some(Found::Step(counts)) => {
@@ -68,7 +79,7 @@ impl Tally {
         if self.free {
             return Usage { source: UsageSource::Upstream, ..Usage::default() };
         }
-        let counted = self.text.tokens();
+        let counted = self.counted();
         // All zeros beside a text is what a stopped Dify run states: no statement.
         let honest = |counts: &Counts| !(counts.is_zero() && counted > 0);
         if let Some(counts) = self.stated.filter(honest) {
@@ -123,6 +134,36 @@ impl Tally {
         if self.covers && stated > 0 {
             return stated;
         }
-        stated.max(self.steps.output.unwrap_or(0)).max(self.text.tokens())
+        stated.max(self.steps.output.unwrap_or(0)).max(self.counted())
+    }
+
+    /// Output by our own count: what was stated last, and the text since.
+    fn counted(&self) -> u64 {
+        self.base.0.saturating_add(self.exact.unwrap_or_else(|| self.since()))
+    }
+
+    /// The estimate of the text since the last statement.
+    fn since(&self) -> u64 {
+        self.text.tokens().saturating_sub(self.base.1)
+    }
+
+    /// The estimate of all text, whatever was stated.
+    pub(super) fn estimated(&self) -> u64 {
+        self.text.tokens()
+    }
+
+    pub(super) fn states_input(&self) -> bool {
+        self.free || self.total.is_some() || self.stated.is_some_and(|counts| counts.input.is_some_and(|n| n > 0))
+    }
+
+    /// Takes out the text that is to be counted better, if there is any.
+    pub(super) fn uncovered(&mut self) -> Option<Uncovered> {
+        let all = self.since();
+        (all > 0).then(|| Uncovered::new(std::mem::take(&mut self.kept), all))
+    }
+
+    /// A better count of what [`uncovered`](Self::uncovered) gave.
+    pub(super) fn recount(&mut self, tokens: u64) {
+        self.exact = Some(tokens);
     }
 }

@@ -58,7 +58,7 @@ fn run(mut meter: Meter, chunks: &[&[u8]]) -> Whole {
 }
 
 fn chat(hide: bool) -> Meter {
-    Meter::stream(Dialect::Openai, CallKind::Chat, hide)
+    Meter::stream(Dialect::Openai, CallKind::Chat, if hide { UsageView::Nothing } else { UsageView::All })
 }
 
 fn chat_of(text: &str) -> Whole {
@@ -139,7 +139,8 @@ fn text_behind_the_last_statement_of_usage_is_counted() {
     let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":1,\"total_tokens\":12}}\n\n\
         data: {\"choices\":[{\"delta\":{\"content\":\" one two three\"}}]}\n\n";
     let whole = chat_of(text);
-    assert_eq!(whole.usage, usage(11, 0, 5, UsageSource::Counted));
+    // The one that was stated, and three since.
+    assert_eq!(whole.usage, usage(11, 0, 4, UsageSource::Counted));
     let zero = "data: {\"choices\":[{\"delta\":{\"content\":\"one\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":0}}\n\n";
     assert_eq!(chat_of(zero).usage, usage(11, 0, 2, UsageSource::Counted));
 }
@@ -192,7 +193,7 @@ const ANTHROPIC: &str = concat!(
 
 #[test]
 fn anthropic_states_input_first_and_output_last() {
-    let meter = || Meter::stream(Dialect::Anthropic, CallKind::Messages, true);
+    let meter = || Meter::stream(Dialect::Anthropic, CallKind::Messages, UsageView::Nothing);
     let whole = run(meter(), &[ANTHROPIC.as_bytes()]);
     assert_eq!(whole.forward, ANTHROPIC.as_bytes());
     assert_eq!(whole.usage, usage(60, 30, 15, UsageSource::Upstream));
@@ -213,7 +214,7 @@ fn a_dify_chatflow_is_not_counted_twice() {
         "data: {\"event\":\"message_end\",\"metadata\":{\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7,\"total_tokens\":18}}}\n\n",
         "data: {\"event\":\"workflow_finished\",\"data\":{\"status\":\"succeeded\",\"total_tokens\":18,\"outputs\":{}}}\n\n",
     );
-    let whole = run(Meter::stream(Dialect::Dify, CallKind::DifyChat, true), &[text.as_bytes()]);
+    let whole = run(Meter::stream(Dialect::Dify, CallKind::DifyChat, UsageView::Nothing), &[text.as_bytes()]);
     assert_eq!(whole.usage, usage(11, 0, 7, UsageSource::Upstream));
     assert!(whole.token && whole.done && whole.error.is_none());
     assert_eq!(whole.forward, text.as_bytes());
@@ -221,7 +222,7 @@ fn a_dify_chatflow_is_not_counted_twice() {
 
 fn workflow(events: &[&str]) -> Whole {
     let text: String = events.iter().map(|event| format!("data: {event}\n\n")).collect();
-    run(Meter::stream(Dialect::Dify, CallKind::DifyWorkflow, false), &[text.as_bytes()])
+    run(Meter::stream(Dialect::Dify, CallKind::DifyWorkflow, UsageView::All), &[text.as_bytes()])
 }
 
 #[test]
@@ -280,6 +281,73 @@ fn plain_answers_state_their_usage() {
 }
 
 #[test]
+fn usage_means_the_same_in_every_dialect() {
+    // 60 of prompt, 30 of them cached; 15 of output, 9 of them reasoning that nobody sees.
+    let chat = "data: {\"choices\":[{\"delta\":{\"content\":\"Hi\"}}]}\n\ndata: {\"choices\":[],\"usage\":{\"prompt_tokens\":60,\
+        \"completion_tokens\":15,\"total_tokens\":75,\"prompt_tokens_details\":{\"cached_tokens\":30},\
+        \"completion_tokens_details\":{\"reasoning_tokens\":9}}}\n\ndata: [DONE]\n\n";
+    let completion = "data: {\"choices\":[{\"text\":\"Hi\",\"finish_reason\":\"stop\"}]}\n\ndata: {\"choices\":[],\"usage\":{\"prompt_tokens\":60,\
+        \"completion_tokens\":15,\"prompt_tokens_details\":{\"cached_tokens\":30}}}\n\ndata: [DONE]\n\n";
+    let responses = "event: response.created\ndata: {\"type\":\"response.created\",\"response\":{\"usage\":null}}\n\n\
+        event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"delta\":\"Hi\"}\n\n\
+        event: response.completed\ndata: {\"type\":\"response.completed\",\"response\":{\"status\":\"completed\",\"usage\":{\
+        \"input_tokens\":60,\"input_tokens_details\":{\"cached_tokens\":30},\"output_tokens\":15,\
+        \"output_tokens_details\":{\"reasoning_tokens\":9},\"total_tokens\":75}}}\n\n";
+    let same = usage(60, 30, 15, UsageSource::Upstream);
+    for (dialect, kind, text) in [
+        (Dialect::Openai, CallKind::Chat, chat),
+        (Dialect::Openai, CallKind::Completion, completion),
+        (Dialect::Openai, CallKind::Responses, responses),
+        (Dialect::Anthropic, CallKind::Messages, ANTHROPIC),
+    ] {
+        let whole = run(Meter::stream(dialect, kind, UsageView::All), &[text.as_bytes()]);
+        assert_eq!((whole.usage, whole.done), (same, true), "{kind:?}");
+    }
+    for (dialect, kind, text) in [
+        (
+            Dialect::Openai,
+            CallKind::Responses,
+            r#"{"output":[{"content":[{"type":"output_text","text":"Hi"}]}],"usage":{"input_tokens":60,"input_tokens_details":{"cached_tokens":30},"output_tokens":15,"output_tokens_details":{"reasoning_tokens":9}}}"#,
+        ),
+        (
+            Dialect::Anthropic,
+            CallKind::Messages,
+            r#"{"content":[{"type":"text","text":"Hi"}],"usage":{"input_tokens":10,"cache_creation_input_tokens":20,"cache_read_input_tokens":30,"output_tokens":15}}"#,
+        ),
+    ] {
+        assert_eq!(plain(dialect, kind, text).usage, same, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_responses_stream_that_is_cut_is_counted() {
+    let text =
+        "event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"delta\":\"one two\"}\n\n";
+    let whole = run(Meter::stream(Dialect::Openai, CallKind::Responses, UsageView::All), &[text.as_bytes()]);
+    assert_eq!(whole.usage, usage(100, 0, 3, UsageSource::Counted));
+}
+
+#[tokio::test]
+#[cfg(feature = "exact-tokens")]
+async fn what_no_statement_covers_is_counted_exactly_at_the_end() {
+    use super::exact::Tokens;
+    let said = "data: {\"choices\":[{\"delta\":{\"content\":\"the gate\"}}],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":2}}\n\n";
+    let unsaid = "data: {\"choices\":[{\"delta\":{\"content\":\" is \\u0061t the end of the long road\"}}]}\n\n";
+    let mut meter = chat(false);
+    meter.feed(Bytes::from_static(said.as_bytes())).unwrap();
+    assert!(meter.uncovered().is_none() && meter.states_input());
+    meter.feed(Bytes::from_static(unsaid.as_bytes())).unwrap();
+    let tokens = meter.uncovered().unwrap().tokens(Tokens::of("gpt-4o"), None).await;
+    meter.recount(tokens);
+    assert_eq!(meter.usage(100), usage(11, 0, 2 + 8, UsageSource::Counted));
+    let mut silent = chat(false);
+    silent.feed(Bytes::from_static(unsaid.as_bytes())).unwrap();
+    let tokens = silent.uncovered().unwrap().tokens(Tokens::of("gpt-4o"), None).await;
+    silent.recount(tokens);
+    assert_eq!((silent.usage(100), silent.states_input()), (usage(100, 0, 8, UsageSource::Counted), false));
+}
+
+#[test]
 fn plain_answers_without_usage_are_counted() {
     let chat = r#"{"choices":[{"message":{"role":"assistant","content":"one two"}},{"message":{"content":" three"}}]}"#;
     assert_eq!(plain(Dialect::Openai, CallKind::Chat, chat).usage, usage(100, 0, 4, UsageSource::Counted));
@@ -312,7 +380,7 @@ fn a_plain_answer_that_is_cut_off_or_no_object_is_malformed() {
 #[test]
 fn what_is_not_understood_passes() {
     for dialect in [Dialect::None, Dialect::Gemini] {
-        let whole = run(Meter::stream(dialect, CallKind::Other, true), &[b"any", b"thing"]);
+        let whole = run(Meter::stream(dialect, CallKind::Other, UsageView::Nothing), &[b"any", b"thing"]);
         assert_eq!(whole.forward, b"anything");
         assert!(whole.token && whole.done && !whole.malformed);
         assert_eq!(whole.usage, usage(100, 0, 0, UsageSource::Estimated));

@@ -165,6 +165,7 @@ pub struct CallMetrics {
     by_status: Few<u16, IntCounter>,
     // Resolved when first needed: a pass route has no tokens, and a series at zero for each key would say nothing.
     tokens: OnceLock<[IntCounter; 3]>,
+    estimate_error: OnceLock<Histogram>,
     cost: Few<Box<str>, Counter>,
     times: Few<Box<str>, (Histogram, Histogram)>,
 }
@@ -179,6 +180,7 @@ impl CallMetrics {
             key: key.into(),
             by_status: Few::new(),
             tokens: OnceLock::new(),
+            estimate_error: OnceLock::new(),
             cost: Few::new(),
             times: Few::new(),
         }
@@ -210,6 +212,15 @@ impl CallMetrics {
                 let labels = [&*self.model, usage.source.as_str()];
                 self.shared.families.tokens_estimated.with(&labels).inc_by(usage.total());
             }
+        }
+    }
+
+    /// The prompt was estimated at `estimate` tokens, and the upstream stated `actual`. Without a statement nothing is counted.
+    pub fn estimated(&self, estimate: u64, actual: u64) {
+        if actual > 0 {
+            let family = &self.shared.families.estimate_error;
+            let error = self.estimate_error.get_or_init(|| family.with(&[&self.model]));
+            error.observe(estimate.abs_diff(actual) as f64 / actual as f64);
         }
     }
 

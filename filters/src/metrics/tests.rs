@@ -7,14 +7,15 @@ use crate::usage::{Usage, UsageSource};
 const CONTRACT: &str = "tollgate_requests_total{route,model,key,code} · tollgate_request_duration_seconds{route,model} · \
     tollgate_overhead_seconds{route} · tollgate_time_to_first_token_seconds{route,model,upstream} · \
     tollgate_time_per_output_token_seconds{model,upstream} · tollgate_tokens_total{route,model,key,kind} · \
-    tollgate_tokens_estimated_total{model,reason} · tollgate_cost_total{model,key,currency} · \
+    tollgate_tokens_estimated_total{model,reason} · tollgate_estimate_error_ratio{model} · tollgate_cost_total{model,key,currency} · \
     tollgate_attempts_total{upstream,node,outcome} · tollgate_fallbacks_total{model,from,to,reason} · \
     tollgate_limit_decisions_total{scope,dimension,decision} · tollgate_reservations_inflight · \
     tollgate_node_inflight{upstream,node} · tollgate_node_up{upstream,node} · tollgate_node_ejections_total{upstream,node} · \
     tollgate_prefix_hits_total{upstream,node} · tollgate_cache_total{route,result} · tollgate_store_up · \
     tollgate_store_duration_seconds{op} · tollgate_config_generation · tollgate_config_reloads_total{result} · \
     tollgate_config_last_reload_success · tollgate_streams_open · tollgate_client_aborts_total{phase} · \
-    tollgate_build_info{version} · tollgate_access_log_dropped_total";
+    tollgate_build_info{version} · tollgate_access_log_dropped_total · tollgate_tokens_lost_total · \
+    tollgate_limit_refusals_repeated_total";
 
 fn contract() -> BTreeMap<String, BTreeSet<String>> {
     CONTRACT
@@ -34,6 +35,7 @@ fn exercised() -> Metrics {
     let call = route.call("chat", "alice");
     call.answered(200, Duration::from_millis(12));
     call.settled(&Usage { input: 10, cached_input: 4, output: 7, source: UsageSource::Counted });
+    call.estimated(90, 100);
     call.cost(0.25, "USD");
     call.first_token("qwen", Duration::from_millis(40));
     call.per_output_token("qwen", Duration::from_millis(9));
@@ -54,6 +56,8 @@ fn exercised() -> Metrics {
     metrics.reloaded(true);
     metrics.client_left(AbortPhase::Answer);
     metrics.set_access_dropped(5);
+    metrics.set_tokens_lost(7);
+    metrics.refused_again();
     metrics
 }
 

@@ -47,6 +47,14 @@ impl Cores {
         Self { gateway: Some(count - 1), load: Some(0) }
     }
 
+    /// A program pinned to the gateway's core.
+    pub(super) fn command(&self, program: &Path) -> Command {
+        let Some(core) = self.gateway else { return Command::new(program) };
+        let mut command = Command::new("taskset");
+        command.args(["-c", &core.to_string()]).arg(program);
+        command
+    }
+
     /// Pins this process with all its threads.
     pub(super) fn pin_self(&self) -> Result<(), String> {
         let Some(core) = self.load else { return Ok(()) };
@@ -68,6 +76,10 @@ impl Scratch {
         let path = std::env::temp_dir().join(format!("tollgate-bench-{}", std::process::id()));
         fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(Self(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
     }
 }
 
@@ -108,14 +120,7 @@ impl Process {
         };
         let log = scratch.0.join(format!("{}.log", kind.name()));
         let errors = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-        let mut command = match cores.gateway {
-            Some(core) => {
-                let mut command = Command::new("taskset");
-                command.args(["-c", &core.to_string()]).arg(&binary);
-                command
-            }
-            None => Command::new(&binary),
-        };
+        let mut command = cores.command(&binary);
         // The access log is written, as it would be, but nobody reads it.
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).kill_on_drop(true);
         let child = command.spawn().map_err(|error| format!("{}: {error}", binary.display()))?;
@@ -167,7 +172,7 @@ fn binary(kind: Kind, config: &BenchConfig) -> Result<PathBuf, String> {
     if path.is_file() { Ok(path) } else { Err(format!("{}: no such program; build it first", path.display())) }
 }
 
-fn free_port() -> Result<u16, String> {
+pub(super) fn free_port() -> Result<u16, String> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|error| error.to_string())?;
     Ok(listener.local_addr().map_err(|error| error.to_string())?.port())
 }

@@ -17,7 +17,6 @@ use super::canned::Canned;
 use super::engine::{Engine, Prompt, Run};
 use super::fail::Refusal;
 use super::fault::{Fault, Plan};
-use super::kv::tokens_of;
 use super::script::Script;
 use super::vectors::{Computed, Embeddings, Rerank};
 use super::words::Numbers;
@@ -146,7 +145,7 @@ impl NodeApp {
             Ok(visit) => visit,
             Err(answer) => return answer,
         };
-        let tokens = tokens_of(ask.prompt.len()).max(1);
+        let tokens = (self.config.count)(&ask.prompt).max(1);
         call.edit(|row| row.prompt_tokens = tokens as u64);
         let Some(seat) = self.engine.enter(tokens, ask.most_output) else { return Refusal::full().answer(call) };
         let answer = ask.choices.first().map(|tokens| tokens.concat()).unwrap_or_default();

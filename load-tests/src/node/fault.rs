@@ -18,6 +18,8 @@ pub enum Fault {
     SlowHeader(Duration),
     /// `slow_token:MS`: header and role chunk come at once, the first token so much later.
     SlowToken(Duration),
+    /// `slow_usage:MS`: a stream pauses so long between its last token and its usage.
+    SlowUsage(Duration),
     /// `cut:N`: the connection is closed after N content chunks; the body is not terminated. A plain answer is cut in its half.
     Cut(usize),
     /// `stall:N`: silence after N content chunks. A plain answer never comes.
@@ -51,6 +53,7 @@ impl fmt::Display for Fault {
             Self::ContextLength => f.write_str("context_length"),
             Self::SlowHeader(by) => write!(f, "slow_header:{}", by.as_millis()),
             Self::SlowToken(by) => write!(f, "slow_token:{}", by.as_millis()),
+            Self::SlowUsage(by) => write!(f, "slow_usage:{}", by.as_millis()),
             Self::Cut(after) => write!(f, "cut:{after}"),
             Self::Stall(after) => write!(f, "stall:{after}"),
             Self::NoUsage => f.write_str("no_usage"),
@@ -80,7 +83,7 @@ impl fmt::Display for UnknownFault {
         write!(
             f,
             "no such fault: `{}` (known: refuse, 400..599[:retry-after=SECONDS], context_length, slow_header:MS, \
-             slow_token:MS, cut:N, stall:N, no_usage, usage_zero, malformed, error_event, error_body, empty, crlf, comments)",
+             slow_token:MS, slow_usage:MS, cut:N, stall:N, no_usage, usage_zero, malformed, error_event, error_body, empty, crlf, comments)",
             self.0
         )
     }
@@ -116,6 +119,7 @@ fn one(text: &str) -> Option<Fault> {
     match word {
         "slow_header" => return Some(Fault::SlowHeader(pause()?)),
         "slow_token" => return Some(Fault::SlowToken(pause()?)),
+        "slow_usage" => return Some(Fault::SlowUsage(pause()?)),
         "cut" => return Some(Fault::Cut(number()?)),
         "stall" => return Some(Fault::Stall(number()?)),
         _ => {}
@@ -144,6 +148,7 @@ pub(crate) struct Plan {
     pub(crate) context_length: bool,
     pub(crate) slow_header: Option<Duration>,
     pub(crate) slow_token: Option<Duration>,
+    pub(crate) slow_usage: Option<Duration>,
     pub(crate) cut: Option<usize>,
     pub(crate) stall: Option<usize>,
     pub(crate) no_usage: bool,
@@ -164,6 +169,7 @@ impl Plan {
             Fault::ContextLength => self.context_length = true,
             Fault::SlowHeader(by) => self.slow_header = Some(*by),
             Fault::SlowToken(by) => self.slow_token = Some(*by),
+            Fault::SlowUsage(by) => self.slow_usage = Some(*by),
             Fault::Cut(after) => self.cut = Some(*after),
             Fault::Stall(after) => self.stall = Some(*after),
             Fault::NoUsage => self.no_usage = true,
@@ -211,6 +217,7 @@ mod tests {
             "context_length",
             "slow_header:250",
             "slow_token:100",
+            "slow_usage:100",
             "cut:3",
             "stall:0",
             "no_usage",

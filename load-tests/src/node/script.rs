@@ -263,6 +263,9 @@ impl Script {
             };
             steps.push(Step::event(self.chunk(vec![choice], usize::MAX)));
         }
+        if let Some(pause) = self.plan.slow_usage {
+            steps.push(Step::Wait(pause));
+        }
         if self.ask.include_usage && !self.plan.no_usage {
             let object = if self.ask.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
             let chunk = self.document(object, Vec::new(), Some(Some(self.usage(usize::MAX))));

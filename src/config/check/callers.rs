@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 
 use super::{At, Check};
-use crate::config::{Allowed, Key};
+use crate::config::{Allowed, Key, zone_hint};
 
 impl Check<'_> {
     pub(super) fn auth(&mut self) {
@@ -89,6 +89,13 @@ impl Check<'_> {
             self.warn(&at.key("expires"), format!("the key `{}` has expired", key.id), "remove it, or move the date");
         }
         self.limits(&at.key("limits"), &key.limits);
+        if key.zone.is_some() && key.utc_offset.is_some() {
+            let hint = "keep `zone`; it knows when the clocks are changed";
+            self.error(&at.key("utc_offset"), "both `zone` and `utc_offset`", Some(hint.to_owned()));
+        }
+        if let (Some(name), None) = (&key.zone, key.zone()) {
+            self.error(&at.key("zone"), format!("there is no zone `{name}`"), Some(zone_hint(name)));
+        }
     }
 
     /// The SHA-256 of a key, in hex, and where the key stands.

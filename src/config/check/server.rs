@@ -1,7 +1,9 @@
 //! Checks of `server:` and `store:`.
 
+use tollgate_filters::store::Address;
+
 use super::{At, Check};
-use crate::config::{Bind, MetricsAccess};
+use crate::config::{Bind, MetricsAccess, Redis};
 
 impl Check<'_> {
     pub(super) fn server(&mut self) {
@@ -80,12 +82,28 @@ impl Check<'_> {
         let at = at.key("redis");
         self.lasting(&at.key("timeout"), redis.timeout);
         if let Some(url) = self.secret(&at.key("url"), &redis.url) {
-            let schemes = ["redis://", "rediss://", "unix://", "redis+unix://"];
-            if !schemes.iter().any(|scheme| url.expose().starts_with(scheme)) {
+            match Address::parse(url.expose()) {
+                Ok(address) => self.certificates(&at, redis, address.is_secure()),
                 // The address may hold a password and is not repeated.
-                let hint = "it begins with redis://, rediss:// or unix://";
-                self.error(&at.key("url"), "not the address of a Redis", Some(hint.to_owned()));
+                Err(why) => {
+                    let hint = "redis://, rediss:// or unix://; with Sentinels redis+sentinel://HOST,HOST/MASTER";
+                    self.error(&at.key("url"), format!("not the address of a Redis: {why}"), Some(hint.to_owned()));
+                }
             }
+        }
+    }
+
+    fn certificates(&mut self, at: &At, redis: &Redis, secure: bool) {
+        let written = [("ca", &redis.ca), ("cert", &redis.cert), ("key", &redis.key)];
+        let Some((name, _)) = written.iter().find(|(_, path)| path.is_some()) else { return };
+        if !secure {
+            let hint = "write rediss:// or rediss+sentinel://, or leave it out";
+            self.error(&at.key(name), "the address is not one for TLS", Some(hint.to_owned()));
+        } else if redis.cert.is_some() != redis.key.is_some() {
+            let (here, lacks) = if redis.cert.is_some() { ("cert", "key") } else { ("key", "cert") };
+            self.error(&at.key(here), format!("it needs `{lacks}` beside it"), None);
+        } else if let Err(why) = redis.tls(self.world) {
+            self.error(at, why, None);
         }
     }
 }

@@ -33,9 +33,11 @@ enum Risk {
     Refuse,
     /// Less comfort or speed.
     Warn,
+    /// The same, and a part of it works.
+    Partly,
 }
 
-use Risk::{Refuse, Warn};
+use Risk::{Partly, Refuse, Warn};
 use When::{Asked, Beside, Says, Without};
 
 const fn lack(path: &'static str, when: When, risk: Risk, hint: &'static str) -> Lack {
@@ -52,16 +54,15 @@ pub(in crate::config) const LACKS: &[Lack] = &[
     lack("server.runtime_dir", Asked, Warn, "there is no upgrade socket to put there"),
     lack("upstreams.*.discover", Beside("nodes"), Warn, "only the nodes under `nodes` get calls"),
     lack("upstreams.*.health", Asked, Warn, "no node is probed; calls go on to the next node when one fails"),
-    lack("upstreams.*.engine", Asked, Warn, "no node is polled; load is what this gateway has in flight"),
+    lack("upstreams.*.engine", Asked, Partly, "vLLM is asked for usage with every event, but no node is polled; load is what this gateway has in flight"),
     lack("upstreams.*.budget", Asked, Warn, "the provider's own 429 is what holds calls back"),
     lack("upstreams.*.pool.queue", Asked, Warn, "calls are refused at once while every node is full"),
     lack("models.*.targets.[].continues", Asked, Warn, "a broken stream ends with an error event"),
-    lack("routes.[].on_abort", Asked, Warn, "the attempt is given up when the client leaves"),
     lack("routes.[].filters.cache", Asked, Warn, "every call is answered by a node"),
 ];
 
 /// The words that ask for nothing.
-const NOTHING: &[&str] = &["off", "none", "cancel"];
+const NOTHING: &[&str] = &["off", "none"];
 
 impl When {
     fn holds(&self, holder: &Tree, value: &Tree) -> bool {
@@ -95,6 +96,7 @@ impl Check<'_> {
             for (at, subject) in lack.found(&places.tree) {
                 match lack.risk {
                     Refuse => self.error(&at, format!("`{subject}` is not supported yet"), Some(lack.hint.to_owned())),
+                    Partly => self.warn(&at, format!("`{subject}` is acted on only in part yet"), lack.hint),
                     Warn => self.warn(&at, format!("`{subject}` is read but not acted on yet"), lack.hint),
                 }
             }

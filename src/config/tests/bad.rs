@@ -177,11 +177,30 @@ fn a_bad_store_is_refused_and_its_password_never_shown() {
     complains(
         r##"store: { redis: { url: 'http://user:password@x', timeout: 0ms, when_down: shar }, replicas: 0 }
 auth: { redis_keys: true }"##,
-        r##"1:24 not the address of a Redis | it begins with redis://, rediss:// or unix://
+        r##"1:24 not the address of a Redis: its scheme is none of redis, rediss, unix, redis+sentinel, rediss+sentinel | redis://, rediss:// or unix://; with Sentinels redis+sentinel://HOST,HOST/MASTER
 1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
 1:59 a period of zero | the least is 1ms
 1:75 `shar` is not known here | did you mean `share`?
 1:93 0 is too small | the least is 1"##,
+    );
+}
+
+#[test]
+fn sentinels_need_a_master_and_certificates_an_address_for_tls() {
+    complains(
+        r##"store: { redis: { url: 'redis+sentinel://u:password@a,b' } }"##,
+        r##"1:24 not the address of a Redis: behind the Sentinels it needs the master's name: redis+sentinel://host,host/MASTER | redis://, rediss:// or unix://; with Sentinels redis+sentinel://HOST,HOST/MASTER
+1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}"##,
+    );
+    complains(
+        r##"store: { redis: { url: 'redis://a', ca: /missing/ca.pem } }"##,
+        r##"1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
+1:41 the address is not one for TLS | write rediss:// or rediss+sentinel://, or leave it out"##,
+    );
+    complains(
+        r##"store: { redis: { url: 'rediss://a', cert: /missing/me.pem } }"##,
+        r##"1:24 warning: a secret in plain text | write {env: NAME}, {file: PATH} or {credential: NAME}
+1:44 it needs `key` beside it"##,
     );
 }
 
@@ -249,7 +268,10 @@ fn keys_are_checked_against_everything_they_refer_to() {
   - { id: d, key: { env: A }, models: [], expires: 2020-01-01 }
   - { id: e, key: { env: A }, expires: soon, utc_offset: Berlin }
   - { key: { env: B } }
-  - { id: 'a b', key: { file: /etc/x y } }"##,
+  - { id: 'a b', key: { file: /etc/x y } }
+  - { id: f, zone: Europe/Berlim, sha256: 1111111111111111111111111111111111111111111111111111111111111111 }
+  - { id: g, zone: berlin, utc_offset: "+01:00", sha256: 2222222222222222222222222222222222222222222222222222222222222222 }
+  - { id: h, zone: moon, sha256: 3333333333333333333333333333333333333333333333333333333333333333 }"##,
         r##"5:22 not a SHA-256: it has 64 hex digits | printf %s KEY | sha256sum
 6:11 duplicate key id `a` | it is already the id of the key at line 5
 6:39 both `key` and `sha256` | keep one of them
@@ -265,7 +287,11 @@ fn keys_are_checked_against_everything_they_refer_to() {
 9:58 "Berlin" is not a distance from UTC; write it like +08:00 or -05:30
 10:5 `id` is missing
 11:11 "a b" is not a name for a key | letters, digits and . _ : / - after a letter or digit, at most 128
-11:18 no client could send this key in a header | a key is of visible ASCII characters without spaces"##,
+11:18 no client could send this key in a header | a key is of visible ASCII characters without spaces
+12:20 there is no zone `Europe/Berlim` | did you mean `Europe/Berlin`?
+13:20 there is no zone `berlin` | did you mean `Europe/Berlin`?
+13:40 both `zone` and `utc_offset` | keep `zone`; it knows when the clocks are changed
+14:20 there is no zone `moon` | names are those of the tz database, like `Europe/Berlin`"##,
     );
 }
 

@@ -6,7 +6,9 @@ use crate::config::tree::{self, Source};
 
 /// Whether a problem is about a setting without an engine.
 pub(super) fn is_lack(problem: &Problem) -> bool {
-    problem.message.ends_with(" is not supported yet") || problem.message.ends_with(" is read but not acted on yet")
+    [" is not supported yet", " is read but not acted on yet", " is acted on only in part yet"]
+        .iter()
+        .any(|end| problem.message.ends_with(end))
 }
 
 /// What is said of lacks: `severity path`.

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::limit::dimension::{Dimension, Limit, Limits};
 use crate::limit::rule::{Rule, RuleSet, Scope};
+use crate::limit::zone::Zone;
 
 const SECOND: u64 = 1_000_000;
 const TTL: u64 = 55 * SECOND;
@@ -62,6 +63,23 @@ fn shadow(limit: u64) -> Option<Limit> {
     Some(Limit { limit, shadow: true })
 }
 
+/// Where the days of a key begin; of other scopes they are those of UTC.
+fn zone(key: &str) -> &'static str {
+    match key {
+        "b" => "Europe/Berlin",
+        "c" => "Africa/Cairo",
+        _ => "UTC",
+    }
+}
+
+/// Evenings before the end of a month: an ordinary one, one on whose morning Berlin's clocks go forward, and one after
+/// which Cairo's midnight comes twice.
+pub(in crate::limit) fn starts() -> impl Strategy<Value = u64> {
+    let days = ["2026-11-27T20:00:00Z", "2026-03-28T20:00:00Z", "2026-10-28T20:00:00Z"];
+    let second = |text: &str| u64::try_from(text.parse::<jiff::Timestamp>().unwrap().as_second()).unwrap();
+    prop::sample::select(days.map(|day| second(day) * SECOND).to_vec())
+}
+
 /// Six plans over three keys, two models, one route and the whole gateway; limits so small that each binds at times.
 fn plans() -> Vec<Plan> {
     let key = Limits {
@@ -86,7 +104,7 @@ fn plans() -> Vec<Plan> {
     let models = [set(Scope::Model, "a", &model), set(Scope::Model, "b", &model)];
     ["a", "b", "c"]
         .iter()
-        .map(|name| set(Scope::Key, name, &key))
+        .map(|name| Arc::new(RuleSet::new(Scope::Key, name, &key).in_zone(Zone::named(zone(name)).unwrap())))
         .flat_map(|key| models.clone().map(|model| [&global, &route, &key, &model].into_iter().collect()))
         .collect()
 }
@@ -169,16 +187,19 @@ fn bucket(dimension: Dimension, at: u64) -> u64 {
 }
 
 /// First and last second of the calendar period, by an independent calendar.
-fn period(dimension: Dimension, now: u64) -> (u64, u64) {
-    let date = time::OffsetDateTime::from_unix_timestamp(i64::try_from(now / SECOND).unwrap()).unwrap().date();
+fn period((scope, name, dimension): &Place, now: u64) -> (u64, u64) {
+    let zone = if *scope == Scope::Key { zone(name) } else { "UTC" };
+    let zone = jiff::tz::TimeZoneDatabase::bundled().get(zone).unwrap();
+    let today = jiff::Timestamp::from_microsecond(now.try_into().unwrap()).unwrap().to_zoned(zone.clone()).date();
     let (first, next) = if dimension.window() == Window::Day {
-        (date, date.next_day().unwrap())
+        (today, today.tomorrow().unwrap())
     } else {
-        let first = date.replace_day(1).unwrap();
-        let next = (first + time::Duration::days(31)).replace_day(1).unwrap();
-        (first, next)
+        (today.first_of_month(), today.last_of_month().tomorrow().unwrap())
     };
-    let instant = |date: time::Date| u64::try_from(date.midnight().assume_utc().unix_timestamp()).unwrap() * SECOND;
+    let instant = |date: jiff::civil::Date| {
+        let begin = date.at(12, 0, 0, 0).to_zoned(zone.clone()).unwrap().start_of_day().unwrap();
+        u64::try_from(begin.timestamp().as_microsecond()).unwrap()
+    };
     (instant(first), instant(next))
 }
 
@@ -197,7 +218,7 @@ impl Model {
                 (log.iter().filter(|(at, _)| self.end(place, *at) > now).map(|(_, n)| n).sum(), 0)
             }
             Window::Day | Window::Month => {
-                let (start, _) = period(place.2, now);
+                let (start, _) = period(place, now);
                 let log = self.calendar.get(place).map_or(&[][..], |log| log);
                 let of_period = || log.iter().filter(|(of, ..)| *of == start);
                 (of_period().map(|(_, used, _)| used).sum(), of_period().map(|(.., held)| held).sum())
@@ -217,7 +238,7 @@ impl Model {
         }
         match place.2.window() {
             Window::Live => Verdict::Wait(SECOND),
-            Window::Day | Window::Month => Verdict::Wait(period(place.2, self.now).1 - self.now),
+            Window::Day | Window::Month => Verdict::Wait(period(place, self.now).1 - self.now),
             Window::Rolling(_) => {
                 let mut ends: Vec<u64> = self.rolling[place].iter().map(|(at, _)| self.end(place, *at)).collect();
                 ends.sort_unstable();
@@ -248,7 +269,7 @@ impl Model {
             match rule.dimension.window() {
                 Window::Rolling(_) => self.rolling.entry(place).or_default().push((now, n)),
                 Window::Day | Window::Month => {
-                    let start = period(place.2, now).0;
+                    let start = period(&place, now).0;
                     let (used, held) = if is_tokens { (0, n) } else { (n, 0) };
                     self.calendar.entry(place).or_default().push((start, used, held));
                 }
@@ -277,7 +298,7 @@ impl Model {
                     }
                 }
                 (Window::Day | Window::Month, Unit::Tokens) => {
-                    let start = period(place.2, lease.admitted).0;
+                    let start = period(&place, lease.admitted).0;
                     let log = self.calendar.get_mut(&place).unwrap();
                     log.push(if lease.expired { (start, tokens - charged, 0) } else { (start, tokens, -charged) });
                 }
@@ -329,10 +350,8 @@ struct Charge {
 }
 
 impl Run {
-    fn new() -> Self {
+    fn new(start: u64) -> Self {
         let store = MemoryStore::new(Some(Duration::from_micros(TTL)));
-        // Eight in the evening, three days before the end of a month.
-        let start = u64::try_from(time::macros::datetime!(2026-11-27 20:00 UTC).unix_timestamp()).unwrap() * SECOND;
         let model = Model { now: start, ..Model::default() };
         Self { plans: plans(), store, model, ids: vec![], charges: vec![] }
     }
@@ -469,8 +488,12 @@ fn told(verdicts: &Verdicts) -> String {
 }
 
 /// Runs the same steps through the memory and another store, and wants the same answers, to the last figure.
-pub(in crate::limit) fn both_answer_alike(other: &impl Subject, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let mut run = Run::new();
+pub(in crate::limit) fn both_answer_alike(
+    other: &impl Subject,
+    start: u64,
+    steps: Vec<Step>,
+) -> Result<(), TestCaseError> {
+    let mut run = Run::new(start);
     prop_assert_eq!(other.ttl(), TTL);
     let plans = plans();
     let mut reset = false;
@@ -527,8 +550,8 @@ proptest! {
     #![proptest_config(cases(256))]
 
     #[test]
-    fn the_store_answers_as_the_log_does(steps in steps(true)) {
-        let mut run = Run::new();
+    fn the_store_answers_as_the_log_does(start in starts(), steps in steps(true)) {
+        let mut run = Run::new(start);
         for step in steps {
             run.step(step)?;
         }
@@ -545,8 +568,8 @@ proptest! {
     }
 
     #[test]
-    fn no_trailing_window_ever_holds_more_than_its_limit(steps in steps(true)) {
-        let mut run = Run::new();
+    fn no_trailing_window_ever_holds_more_than_its_limit(start in starts(), steps in steps(true)) {
+        let mut run = Run::new(start);
         for step in steps {
             match step {
                 // What was reserved bounds what is used; what an upstream takes beyond is the other test's subject.

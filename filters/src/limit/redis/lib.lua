@@ -5,7 +5,9 @@
 --   rolling   {total, last, n, last, n, ...}: sub-buckets by the time of their last admission, oldest first
 --   calendar  {start, end, used, held, and the same four of the period before}
 --   live      a number
--- The rules of a scope come packed as {ttl in ms, zone in s, rule...}, a rule being
+-- The rules of a scope come packed as {ttl in ms, zone, rule...}, the zone being
+--   {seconds east of UTC, from which second on other ones, which, from which second on, which...}, the changes around now,
+-- and a rule
 --   {dimension, kind (1 rolling, 2 day, 3 month, 4 live), 1 if it counts tokens, limit, window in us, 1 if shadow}
 -- A lease is {admitted, estimate, charge, 1 if expired, {{scope key, rules, grant...}...}}; a grant is the start of
 -- the calendar period that was charged. All times are microseconds of this server's clock.
@@ -90,9 +92,25 @@ local function first_day(year, month)
     + floor((153 * from_march + 2) / 5) - 719468
 end
 
--- First microsecond of the day or month of that zone, and of the next.
-local function period(kind, zone)
-  local day = floor((floor(now / 1000000) + zone) / 86400)
+-- The second in which a day begins: the first time that its zone writes its date, also where the clocks are changed.
+local function begin(zone, day)
+  local from
+  for i = 1, #zone, 2 do
+    local at = day * 86400 - zone[i]
+    if from and at < from then at = from end
+    from = zone[i + 1]
+    if not from or at < from then return at end
+  end
+end
+
+-- First microsecond of the day or month of that time in that zone, and of the next.
+local function period(kind, zone, at)
+  local second, offset = floor(at / 1000000), zone[1]
+  for i = 2, #zone, 2 do
+    if zone[i] <= second then offset = zone[i + 1] end
+  end
+  local day = floor((second + offset) / 86400)
+  if begin(zone, day + 1) <= second then day = day + 1 end
   local first, following = day, day + 1
   if kind == 3 then
     local shifted = day + 719468
@@ -107,7 +125,7 @@ local function period(kind, zone)
     first = first_day(year, month)
     if month == 12 then following = first_day(year + 1, 1) else following = first_day(year, month + 1) end
   end
-  return max(0, (first * 86400 - zone) * 1000000), max(0, (following * 86400 - zone) * 1000000)
+  return max(0, begin(zone, first) * 1000000), max(0, begin(zone, following) * 1000000)
 end
 
 -- used, held, microseconds until more is left, until all is
@@ -129,7 +147,7 @@ local function reading(counter, rule, zone)
   elseif counter and now < counter[2] then
     return counter[3], counter[4], counter[2] - now, counter[2] - now
   end
-  local _, ending = period(kind, zone)
+  local _, ending = period(kind, zone, now)
   return 0, 0, ending - now, ending - now
 end
 
@@ -164,30 +182,46 @@ local function open(state, rule, zone)
     counter = counter or 0
   elseif not counter or now >= counter[2] then
     local old = counter or {0, 0, 0, 0}
-    local start, ending = period(kind, zone)
+    local start, ending = period(kind, zone, now)
     counter = {start, ending, 0, 0, old[1], old[2], old[3], old[4]}
   end
   state[3][rule[1]] = counter
   return counter
 end
 
--- Charges n requests, or the tokens of one: held where the period has holds, else prepaid. Gives the grant.
-local function take(state, rule, zone, n, hold)
+-- Where the period of that time begins in an open counter of a calendar: 1 the present one, 5 the one before, which is
+-- made if nothing was known of it; nil if it is older. Then when the period started.
+local function place(counter, kind, zone, at)
+  if at >= counter[1] then return 1, counter[1] end
+  if at >= counter[5] and at < counter[6] then return 5, counter[5] end
+  local start, ending = period(kind, zone, at)
+  if ending ~= counter[1] then return nil, start end
+  counter[5], counter[6], counter[7], counter[8] = start, ending, 0, 0
+  return 5, start
+end
+
+-- Charges n requests, or the tokens of one: held where the period has holds, else prepaid. They were admitted at that
+-- time, which may lie back if this store was away then. Gives the grant, and whether some period took them.
+local function take(state, rule, zone, n, hold, at)
   local counter, kind = open(state, rule, zone), rule[2]
   if kind == 1 then
-    put(counter, rule[5], now, n)
+    local _, found = find(counter, rule[5], at)
+    if found or at + rule[5] > now then put(counter, rule[5], at, n) end
   elseif kind == 4 then
     state[3][rule[1]] = counter + n
   else
-    local field = hold and 4 or 3
-    counter[field] = counter[field] + n
-    return counter[1]
+    local first, start = place(counter, kind, zone, at)
+    if first then
+      local field = first + (hold and 3 or 2)
+      counter[field] = counter[field] + n
+    end
+    return start, first ~= nil
   end
-  return 0
+  return 0, true
 end
 
--- Charges what the call of a lease used; gives the tokens that no period took.
-local function charge(lease, tokens)
+-- Charges what the call of a lease used; gives the tokens that no period took. With `never` it was no call at all.
+local function charge(lease, tokens, never)
   local live, lost = lease[4] == 0, 0
   local before = live and lease[2] or lease[3]
   for _, set in ipairs(lease[5]) do scope(set[1]) end
@@ -201,6 +235,12 @@ local function charge(lease, tokens)
         if live and counter then state[3][rule[1]] = max(0, counter - 1) end
       elseif rule[3] == 0 then
         -- A request that was admitted is a request, whatever became of it.
+        if never and kind == 1 and lease[1] > state[2] then
+          refund(open(state, rule, rules[2]), rule[5], lease[1], 1)
+        elseif never and kind ~= 1 and counter then
+          local at = counter[1] == grant and 3 or counter[5] == grant and 7
+          if at then counter[at] = max(0, counter[at] - 1) end
+        end
       elseif kind == 1 then
         counter = open(state, rule, rules[2])
         if tokens > before then

@@ -2,23 +2,27 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, RedisResult};
 
+use super::share::Group;
 use super::{Beat, Commands};
 use crate::limit::watch::Watch;
+use crate::store::{Address, Connection, is_useless};
 
-/// How long a connection may take, and a probe over it.
+/// How long a probe may take over a connection that is there.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// Failures in a row after which the store counts as away.
 const IN_A_ROW: u32 = 5;
 /// Of so many calls within a second, half may fail.
 const ENOUGH: u32 = 20;
 /// A reservation that the server reads so long after its budget is not made any more: nobody waits for it.
-const STALE: Duration = Duration::from_millis(500);
+/// Short, so that it is not made either when the word that it is void came first, over another connection.
+const STALE: Duration = Duration::from_millis(100);
 
 /// Decides from the outcome of calls whether the store is there.
 #[derive(Debug, Default)]
@@ -68,8 +72,8 @@ impl Breaker {
 
 /// One connection, made anew when it fails.
 pub(super) struct Link {
-    client: redis::Client,
-    connection: ArcSwapOption<MultiplexedConnection>,
+    address: Address,
+    connection: ArcSwapOption<Connection>,
     pub(super) breaker: Breaker,
     pub(super) commands: Commands,
     pub(super) budget: Duration,
@@ -78,12 +82,12 @@ pub(super) struct Link {
     /// Server's time less our own since the start, in microseconds.
     offset: AtomicU64,
     epoch: AtomicU64,
-    gateways: AtomicU64,
+    group: Mutex<Group>,
 }
 
 impl Link {
     pub(super) fn new(
-        client: redis::Client,
+        address: Address,
         commands: Commands,
         budget: Duration,
         replicas: u32,
@@ -92,7 +96,7 @@ impl Link {
         let breaker = Breaker::default();
         breaker.trip();
         Self {
-            client,
+            address,
             connection: ArcSwapOption::empty(),
             breaker,
             commands,
@@ -101,7 +105,7 @@ impl Link {
             started: Instant::now(),
             offset: AtomicU64::new(0),
             epoch: AtomicU64::new(0),
-            gateways: AtomicU64::new(replicas.max(1).into()),
+            group: Mutex::new(Group::unseen(replicas.into())),
         }
     }
 
@@ -110,13 +114,24 @@ impl Link {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// How many gateways were alive when the store was last heard of.
-    pub(super) fn gateways(&self) -> u64 {
-        self.gateways.load(Ordering::Acquire)
+    /// The gateways that were alive when the store was last heard of.
+    pub(super) fn group(&self) -> Group {
+        *self.group.lock()
     }
 
     fn elapsed(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// The server's time in microseconds; this machine's as long as that is not known.
+    pub(super) fn now(&self) -> u64 {
+        match self.offset.load(Ordering::Acquire) {
+            0 => {
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+            }
+            offset => offset.saturating_add(self.elapsed()),
+        }
     }
 
     /// The server's time after which nobody waits for the answer to a question of now; 0 if its clock is not known yet.
@@ -124,7 +139,7 @@ impl Link {
         let patience = u64::try_from((self.budget + STALE).as_micros()).unwrap_or(u64::MAX);
         match self.offset.load(Ordering::Acquire) {
             0 => 0,
-            offset => offset.saturating_add(self.elapsed()).saturating_add(patience),
+            _ => self.now().saturating_add(patience),
         }
     }
 
@@ -140,8 +155,7 @@ impl Link {
     {
         let connection = self.connection.load_full()?;
         let begin = Instant::now();
-        let outcome =
-            tokio::time::timeout(patience, ask(&self.commands, MultiplexedConnection::clone(&connection))).await;
+        let outcome = tokio::time::timeout(patience, ask(&self.commands, connection.commands())).await;
         self.watch.store_took(op, begin.elapsed());
         let error = match outcome {
             Ok(Ok(answer)) => {
@@ -151,9 +165,10 @@ impl Link {
             Ok(Err(error)) => Some(error),
             Err(_) => None,
         };
-        let lost = error.as_ref().is_some_and(|error| error.is_connection_dropped() || error.is_io_error());
-        let opened = if lost { self.breaker.trip() } else { self.breaker.failed() };
-        if lost {
+        let useless = error.as_ref().is_some_and(is_useless);
+        let opened = if useless { self.breaker.trip() } else { self.breaker.failed() };
+        if useless {
+            // The next one may lead to another server: the master that took over.
             self.connection.store(None);
         }
         if opened {
@@ -173,9 +188,11 @@ impl Link {
     pub(super) async fn probe(&self) -> Result<(), String> {
         let connection = match self.connection.load_full() {
             Some(connection) => connection,
-            None => Arc::new(self.connect().await?),
+            None => Arc::new(self.address.connect().await?),
         };
-        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection, rand::random::<u64>() >> 12)).await {
+        match tokio::time::timeout(PATIENCE, self.commands.beat(&connection.commands(), rand::random::<u64>() >> 12))
+            .await
+        {
             Ok(Ok(beat)) => {
                 self.heard(beat);
                 self.connection.store(Some(connection));
@@ -194,21 +211,8 @@ impl Link {
 
     fn heard(&self, beat: Beat) {
         self.offset.store(beat.now.saturating_sub(self.elapsed()), Ordering::Release);
-        self.gateways.store(beat.gateways.max(1), Ordering::Release);
+        *self.group.lock() = Group::new(beat.gateways, beat.before);
         self.epoch.store(beat.epoch, Ordering::Release);
-    }
-
-    async fn connect(&self) -> Result<MultiplexedConnection, String> {
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(PATIENCE))
-            .set_response_timeout(Some(Duration::from_secs(1)))
-            .set_pipeline_buffer_size(2_048);
-        let connect = self.client.get_multiplexed_async_connection_with_config(&config);
-        // The time for the connection does not cover what is said on it first.
-        match tokio::time::timeout(2 * PATIENCE, connect).await {
-            Ok(connection) => connection.map_err(|error| error.to_string()),
-            Err(_) => Err("it does not answer".to_owned()),
-        }
     }
 }
 

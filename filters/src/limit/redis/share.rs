@@ -12,11 +12,41 @@ use crate::limit::reservation::Estimate;
 use crate::limit::rule::{Known, Plan, RuleSet, ScopeId};
 use crate::limit::standing::Standings;
 
+/// The gateways that share, and which of them this one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::limit) struct Group {
+    size: u64,
+    /// How many come before this one.
+    before: u64,
+}
+
+impl Group {
+    pub(super) fn new(size: u64, before: u64) -> Self {
+        let size = size.max(1);
+        Self { size, before: before.min(size - 1) }
+    }
+
+    /// So many, of which none has been seen.
+    pub(super) fn unseen(size: u64) -> Self {
+        Self::new(size, u64::MAX)
+    }
+
+    pub(super) const fn size(self) -> u64 {
+        self.size
+    }
+
+    /// This gateway's part of `n`; what does not divide goes to the first ones. The last one's part is the smallest, so that
+    /// a gateway which does not know its place takes no more than its own.
+    pub(in crate::limit) const fn part(self, n: u64) -> u64 {
+        n / self.size + (self.before < n % self.size) as u64
+    }
+}
+
 /// One outage: counters that begin with what others may have used.
 #[derive(Debug)]
 pub(super) struct Outage {
     store: MemoryStore,
-    gateways: u64,
+    group: Group,
     parts: Mutex<HashMap<ScopeId, Part>>,
 }
 
@@ -37,8 +67,8 @@ pub(super) fn remember(standings: &Standings, at: Instant64) {
 }
 
 impl Outage {
-    pub(super) fn new(gateways: u64) -> Self {
-        Self { store: MemoryStore::new(None), gateways: gateways.max(1), parts: Mutex::default() }
+    pub(super) fn new(group: Group) -> Self {
+        Self { store: MemoryStore::new(None), group, parts: Mutex::default() }
     }
 
     pub(super) fn reserve(&self, plan: &Plan, estimate: Estimate, now: Instant64) -> Verdicts {
@@ -57,8 +87,8 @@ impl Outage {
         self.store.sweep(now);
     }
 
-    pub(super) const fn gateways(&self) -> u64 {
-        self.gateways
+    pub(super) const fn group(&self) -> Group {
+        self.group
     }
 
     /// Whether anything was decided by it.
@@ -74,7 +104,7 @@ impl Outage {
                 part.add(&known.set);
                 continue;
             }
-            let set = Arc::new(whole.share(self.gateways));
+            let set = Arc::new(whole.share(|limit| self.group.part(limit)));
             // New limits after a reload keep what was counted under the old ones.
             if !parts.contains_key(whole.id()) {
                 self.begin(whole, &set);
@@ -88,7 +118,7 @@ impl Outage {
     /// Counts what is not ours to grant as used already, as of when that was known.
     fn begin(&self, whole: &RuleSet, part: &Arc<RuleSet>) {
         let Some(known) = whole.remote().known.lock().clone() else { return };
-        let left = known.remaining.iter().map(|remaining| remaining / self.gateways);
+        let left = known.remaining.iter().map(|remaining| self.group.part(*remaining));
         let gone = part.rules().iter().zip(left).map(|(rule, left)| rule.limit.saturating_sub(left));
         self.store.seed(part, gone, known.at);
     }
@@ -117,8 +147,22 @@ mod tests {
 
     #[test]
     fn a_scope_never_seen_grants_its_part_of_the_limit() {
-        assert_eq!(admitted(&Outage::new(4), &plan(), NOON), 15);
-        assert_eq!(admitted(&Outage::new(1), &plan(), NOON), 60);
+        assert_eq!(admitted(&Outage::new(Group::unseen(4)), &plan(), NOON), 15);
+        assert_eq!(admitted(&Outage::new(Group::unseen(1)), &plan(), NOON), 60);
+    }
+
+    #[test]
+    fn what_does_not_divide_goes_to_the_first_ones_and_all_of_it_is_granted_once() {
+        for (n, size) in [(0, 3), (1, 3), (2, 3), (7, 3), (9, 3), (10, 4), (3, 7)] {
+            let parts: Vec<u64> = (0..size).map(|before| Group::new(size, before).part(n)).collect();
+            assert_eq!(parts.iter().sum::<u64>(), n, "{n} over {size}: {parts:?}");
+            assert!(parts.is_sorted_by(|a, b| a >= b) && parts[0] - parts.last().unwrap() <= 1, "{parts:?}");
+            assert_eq!(Group::unseen(size).part(n), n / size);
+        }
+        let one_each = Limits { requests_per_minute: Some(Limit { limit: 2, shadow: false }), ..Limits::default() };
+        let plan: Plan = [&Arc::new(RuleSet::new(Scope::Key, "a", &one_each))].into_iter().collect();
+        let granted = [0, 1, 2].map(|before| admitted(&Outage::new(Group::new(3, before)), &plan, NOON));
+        assert_eq!(granted, [1, 1, 0]);
     }
 
     #[test]
@@ -129,7 +173,7 @@ mod tests {
             store.reserve(&plan, estimate, NOON);
         }
         remember(&store.query(&plan, NOON), NOON);
-        let outage = Outage::new(2);
+        let outage = Outage::new(Group::unseen(2));
         let later = NOON.plus(Duration::from_secs(30));
         assert_eq!(admitted(&outage, &plan, later), 10);
         let day = outage.query(&plan, later).iter().nth(1).map(|s| (s.rule().limit, s.remaining()));
@@ -140,7 +184,7 @@ mod tests {
 
     #[test]
     fn an_open_call_of_the_outage_gives_back_what_it_did_not_use() {
-        let (plan, outage) = (plan(), Outage::new(1));
+        let (plan, outage) = (plan(), Outage::new(Group::unseen(1)));
         let estimate = Estimate { prompt: 100, completion: 9_900, guessed: false };
         let Verdicts::Admitted { id, .. } = outage.reserve(&plan, estimate, NOON) else { panic!("refused") };
         assert_eq!(admitted(&outage, &plan, NOON), 0);

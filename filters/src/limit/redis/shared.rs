@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use super::link::Link;
 use super::share::{Outage, remember};
+use super::spent::Spent;
 use super::{Asked, Commands, Decided, Ended};
 use crate::error::{GatewayError, Refusal};
 use crate::limit::clock::{Clock, Instant64, SystemClock};
@@ -23,6 +24,7 @@ use crate::limit::reservation::Estimate;
 use crate::limit::rule::{Plan, ScopeId, WhenDown};
 use crate::limit::standing::Standings;
 use crate::limit::watch::Watch;
+use crate::store::Address;
 
 mod keep;
 mod refused;
@@ -31,8 +33,8 @@ use refused::Refusals;
 
 /// Settlements that wait for the store at most; more than that, and leases are left to expire.
 const QUEUE: usize = 65_536;
-/// Settlements in one question to the store.
-const BATCH: usize = 64;
+/// Settlements in one question to the store: as many as keep it for a fraction of a reservation's budget.
+const BATCH: usize = 16;
 /// How long anything may take that no call waits for.
 const PATIENCE: Duration = Duration::from_millis(250);
 const SHARDS: usize = 16;
@@ -40,8 +42,8 @@ const SHARDS: usize = 16;
 /// Where the counters of several gateways are.
 #[derive(Debug, Clone)]
 pub struct RedisOptions {
-    /// Address with password: `redis://`, `rediss://` or `unix://`.
-    pub url: crate::config::Secret,
+    /// Where it is.
+    pub address: Address,
     /// Longest wait for an answer that a call waits for.
     pub timeout: Duration,
     /// What happens to calls while the store is away.
@@ -67,6 +69,8 @@ enum Place {
 pub(in crate::limit) struct Live {
     id: LeaseId,
     plan: Plan,
+    /// When it was admitted, by the server's clock.
+    at: u64,
     tokens: u64,
     /// What to charge if nobody settles it; grows with the answer.
     progress: AtomicU64,
@@ -81,10 +85,11 @@ pub(in crate::limit) struct Live {
 }
 
 impl Live {
-    fn new(id: LeaseId, plan: &Plan, (tokens, charge): (u64, u64), place: Place) -> Self {
+    fn new(id: LeaseId, plan: &Plan, at: u64, (tokens, charge): (u64, u64), place: Place) -> Self {
         Self {
             id,
             plan: plan.clone(),
+            at,
             tokens,
             progress: AtomicU64::new(charge),
             told: AtomicU64::new(charge),
@@ -118,14 +123,6 @@ struct Queued {
     was_call: bool,
 }
 
-/// What was admitted without the store and is over.
-#[derive(Debug)]
-struct Spent {
-    plan: Plan,
-    requests: u64,
-    tokens: u64,
-}
-
 /// What the ledger says of a call.
 pub(in crate::limit) enum Answer {
     Admitted { live: Arc<Live>, reserved: u64, standings: Standings },
@@ -153,16 +150,11 @@ pub(in crate::limit) struct Shared {
 
 impl Shared {
     /// Connects, and looks after the connection from then on. A store that is away now may come later.
-    ///
-    /// # Errors
-    /// An address that is none.
-    pub(in crate::limit) async fn start(options: &RedisOptions, watch: Arc<dyn Watch>) -> Result<Arc<Self>, String> {
-        let client = redis::Client::open(options.url.expose())
-            .map_err(|_| "store.redis.url is not an address of Redis".to_owned())?;
+    pub(in crate::limit) async fn start(options: &RedisOptions, watch: Arc<dyn Watch>) -> Arc<Self> {
         let commands = Commands::new(rand::random());
-        let link = Link::new(client, commands, options.timeout, options.replicas, watch);
+        let link = Link::new(options.address.clone(), commands, options.timeout, options.replicas, watch);
         let shared = Arc::new(Self {
-            outage: ArcSwap::from_pointee(Outage::new(link.gateways())),
+            outage: ArcSwap::from_pointee(Outage::new(link.group())),
             link,
             clock: SystemClock::new(),
             when_down: options.when_down,
@@ -178,7 +170,7 @@ impl Shared {
             lost: AtomicU64::new(0),
         });
         keep::start(&shared).await;
-        Ok(shared)
+        shared
     }
 
     fn now(&self) -> Instant64 {
@@ -190,19 +182,20 @@ impl Shared {
         let charge = estimate.prompt.min(tokens);
         let id = LeaseId(self.ids.fetch_add(1, Ordering::Relaxed));
         if plan.is_empty() {
-            let live = Live::new(id, plan, (tokens, charge), Place::Nowhere);
+            let live = Live::new(id, plan, self.link.now(), (tokens, charge), Place::Nowhere);
             return Ok(self.enter(live, tokens, Standings::default()));
         }
         if let Some((refusal, standings)) = self.refused.find(plan, tokens, Instant::now()) {
+            self.link.watch.refused_again();
             return Ok(Answer::Refused(refusal, standings));
         }
         if self.link.breaker.is_open() {
             return self.away(id, plan, estimate);
         }
-        let live = Live::new(id, plan, (tokens, charge), Place::There);
+        let live = Live::new(id, plan, self.link.now(), (tokens, charge), Place::There);
         live.epoch.store(self.link.epoch(), Ordering::Release);
         let mut asking = Asking { shared: self, live: Some(live) };
-        let asked = Asked { id, plan, tokens, charge, admitted: false, deadline: self.link.deadline() };
+        let asked = Asked { id, plan, tokens, charge, admitted: false, at: self.link.deadline() };
         let asked = &asked;
         let answer = self.link.ask("reserve", self.link.budget, |commands, connection| async move {
             commands.reserve(&connection, asked).await
@@ -210,7 +203,10 @@ impl Shared {
         match answer.await {
             Some(Decided::Admitted(standings)) => {
                 remember(&standings, self.now());
-                let live = asking.live.take().unwrap_or_else(|| Live::new(id, plan, (tokens, charge), Place::There));
+                let live = asking
+                    .live
+                    .take()
+                    .unwrap_or_else(|| Live::new(id, plan, self.link.now(), (tokens, charge), Place::There));
                 Ok(self.enter(live, tokens, standings))
             }
             Some(Decided::Refused(refusal, standings)) => {
@@ -235,7 +231,7 @@ impl Shared {
     /// Decides without the store.
     fn away(&self, id: LeaseId, plan: &Plan, estimate: Estimate) -> Result<Answer, GatewayError> {
         let tokens = clamp(plan, estimate);
-        let mut live = Live::new(id, plan, (tokens, estimate.prompt.min(tokens)), Place::Here);
+        let mut live = Live::new(id, plan, self.link.now(), (tokens, estimate.prompt.min(tokens)), Place::Here);
         match plan.when_down().unwrap_or(self.when_down) {
             WhenDown::Closed => Err(GatewayError::StoreUnavailable),
             WhenDown::Open => Ok(self.enter(live, tokens, Standings::default())),
@@ -278,18 +274,15 @@ impl Shared {
             if let Some((outage, id)) = &live.outage {
                 outage.settle(*id, tokens, self.now());
             }
-            self.spend(&live.plan, tokens);
+            self.spend(live, tokens);
         } else if place == Place::There as u8 {
             self.end(Queued { live: Arc::clone(live), tokens, was_call: true });
         }
     }
 
-    fn spend(&self, plan: &Plan, tokens: u64) {
+    fn spend(&self, live: &Live, tokens: u64) {
         let mut spent = self.spent.lock();
-        let sum =
-            spent.entry(plan.hash_value()).or_insert_with(|| Spent { plan: plan.clone(), requests: 0, tokens: 0 });
-        sum.requests = sum.requests.saturating_add(1);
-        sum.tokens = sum.tokens.saturating_add(tokens);
+        spent.entry(live.plan.hash_value()).or_insert_with(|| Spent::new(&live.plan)).add(live.at, tokens);
     }
 
     fn end(&self, queued: Queued) {
@@ -319,7 +312,7 @@ impl Shared {
         }
         let ended = |queued: &Queued| Ended {
             id: queued.live.id,
-            tokens: queued.tokens,
+            tokens: queued.was_call.then_some(queued.tokens),
             epoch: queued.live.epoch.load(Ordering::Acquire),
         };
         let list: Vec<Ended> = batch.iter().map(ended).collect();
@@ -335,7 +328,7 @@ impl Shared {
         self.lost.fetch_add(lost, Ordering::AcqRel);
         for (queued, fate) in batch.iter().zip(fates) {
             if fate == Settled::Lost && queued.was_call {
-                self.spend(&queued.live.plan, queued.tokens);
+                self.spend(&queued.live, queued.tokens);
             }
             self.refused.forget(&queued.live.plan);
         }

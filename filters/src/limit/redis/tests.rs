@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::server::Server;
 use super::*;
 use crate::limit::dimension::{Limit, Limits};
-use crate::limit::memory::model::{Subject, cases, steps};
+use crate::limit::memory::model::{Subject, cases, starts, steps};
 use crate::limit::memory::{Verdicts, clamp, model};
 use crate::limit::reservation::Estimate;
 use crate::limit::rule::{RuleSet, Scope};
@@ -70,7 +70,7 @@ impl Subject for Remote {
         let id = LeaseId(self.ids.load(Ordering::Relaxed));
         let tokens = clamp(plan, estimate);
         let charge = estimate.prompt.min(tokens);
-        let asked = Asked { id, plan, tokens, charge, admitted: false, deadline: 0 };
+        let asked = Asked { id, plan, tokens, charge, admitted: false, at: 0 };
         match self.wait(self.commands.reserve(&self.connection, &asked)) {
             Decided::Admitted(standings) => {
                 self.ids.fetch_add(1, Ordering::Relaxed);
@@ -83,7 +83,7 @@ impl Subject for Remote {
 
     fn settle(&self, id: LeaseId, tokens: u64, now: Instant64) -> Settled {
         self.at(now);
-        let ended = [Ended { id, tokens, epoch: 1 }];
+        let ended = [Ended { id, tokens: Some(tokens), epoch: 1 }];
         self.wait(self.commands.settle(&self.connection, &ended)).0[0]
     }
 
@@ -116,12 +116,12 @@ proptest! {
     #![proptest_config(cases(200))]
 
     #[test]
-    fn redis_answers_as_the_memory_does_and_as_the_log_does(steps in steps(true)) {
+    fn redis_answers_as_the_memory_does_and_as_the_log_does(start in starts(), steps in steps(true)) {
         static SERVER: std::sync::OnceLock<Arc<Server>> = std::sync::OnceLock::new();
         let server = SERVER.get_or_init(|| Arc::new(Server::start()));
         let remote = Remote::to(server);
         remote.epoch();
-        model::both_answer_alike(&remote, steps)?;
+        model::both_answer_alike(&remote, start, steps)?;
     }
 }
 
@@ -175,12 +175,17 @@ fn a_settlement_after_the_data_was_lost_is_told_from_one_that_comes_twice() {
         panic!("refused")
     };
     let settle =
-        |epoch| remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: 5, epoch }])).0[0];
+        |epoch| remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: Some(5), epoch }])).0[0];
     remote.raw::<()>(&["FLUSHALL"]);
     assert_eq!(settle(epoch), Settled::Lost);
     // Pushed under one mark, it counts once.
     for _ in 0..3 {
-        remote.wait(remote.commands.spend(&remote.connection, 77, &plan, (1, 5)));
+        remote.wait(remote.commands.spend(
+            &remote.connection,
+            77,
+            &plan,
+            &[Amount { at: now.0, requests: 1, tokens: 5 }],
+        ));
     }
     assert_eq!(remote.query(&plan, now).iter().next().map(|s| s.used()), Some(5));
     remote.at(now);
@@ -188,12 +193,139 @@ fn a_settlement_after_the_data_was_lost_is_told_from_one_that_comes_twice() {
     assert_eq!((other, settle(other)), (99, Settled::Duplicate));
 }
 
+/// Used and held of each rule.
+fn state(remote: &Remote, plan: &Plan, now: Instant64) -> Vec<(u64, u64)> {
+    remote.query(plan, now).iter().map(|s| (s.used(), s.held())).collect()
+}
+
+const DAY: u64 = 86_400;
+const MIDNIGHT: Instant64 = Instant64::from_secs(20_000 * DAY);
+
+fn at(secs: i64) -> Instant64 {
+    Instant64(MIDNIGHT.0.checked_add_signed(secs * 1_000_000).unwrap())
+}
+
+fn amount(at: Instant64, requests: u64, tokens: u64) -> Amount {
+    Amount { at: at.0, requests, tokens }
+}
+
+#[test]
+fn what_was_used_during_an_outage_is_charged_to_the_time_of_its_admission() {
+    let remote = Remote::to(&Arc::new(Server::start()));
+    let limits = Limits {
+        requests_per_minute: limit(100),
+        tokens_per_hour: limit(1_000),
+        tokens_per_day: limit(1_000),
+        ..Limits::default()
+    };
+    let plan = key(&limits);
+    let spend = |mark, amounts: &[Amount]| remote.wait(remote.commands.spend(&remote.connection, mark, &plan, amounts));
+    // Some of the new day is known before the old one's is told, some of the old day was known when it was the present.
+    remote.at(at(-600));
+    spend(1, &[amount(at(-600), 1, 2)]);
+    remote.at(at(50));
+    let all = [
+        amount(at(-4_000), 1, 10),
+        amount(at(-3_000), 1, 20),
+        amount(at(-5), 2, 40),
+        amount(at(0), 3, 80),
+        amount(at(40), 4, 160),
+        // From the clock of a machine that is ahead.
+        amount(at(90), 5, 320),
+    ];
+    assert_eq!(spend(2, &all), 0);
+    let expected = [(14, 0), (622, 0), (560, 0)];
+    assert_eq!(state(&remote, &plan, at(50)), expected);
+    // Once, under whatever mark it was sent.
+    assert_eq!(spend(2, &all), 0);
+    assert_eq!(state(&remote, &plan, at(50)), expected);
+    // Each leaves its window in its own time.
+    assert_eq!(state(&remote, &plan, at(56))[0], (12, 0));
+    assert_eq!(state(&remote, &plan, at(61))[0], (9, 0));
+    assert_eq!(state(&remote, &plan, at(101))[0], (5, 0));
+    assert_eq!(state(&remote, &plan, at(601))[1], (602, 0));
+    assert_eq!(state(&remote, &plan, at(111))[0], (0, 0));
+    // The day before yesterday is over; nothing knows it any more.
+    remote.at(at(60));
+    assert_eq!(spend(3, &[amount(at(-100_000), 1, 7), amount(at(1), 0, 1)]), 7);
+    assert_eq!(state(&remote, &plan, at(60))[2], (561, 0));
+}
+
+#[test]
+fn a_lease_made_again_after_midnight_is_settled_in_the_day_of_its_admission() {
+    let remote = Remote::to(&Arc::new(Server::start()));
+    let limits = Limits {
+        tokens_per_minute: limit(1_000),
+        tokens_per_day: limit(1_000),
+        concurrency: limit(10),
+        ..Limits::default()
+    };
+    let plan = key(&limits);
+    let again = |id, admitted: Instant64| {
+        let asked = Asked { id: LeaseId(id), plan: &plan, tokens: 50, charge: 10, admitted: true, at: admitted.0 };
+        remote.wait(remote.commands.reserve(&remote.connection, &asked))
+    };
+    let settle = |id, tokens| {
+        let ended = [Ended { id: LeaseId(id), tokens: Some(tokens), epoch: 1 }];
+        remote.wait(remote.commands.settle(&remote.connection, &ended))
+    };
+    remote.at(at(10));
+    assert!(matches!(again(1, at(-20)), Decided::Admitted(_)));
+    assert!(matches!(again(1, at(-20)), Decided::Known));
+    assert!(matches!(again(2, at(-300)), Decided::Admitted(_)));
+    assert!(matches!(again(3, at(5)), Decided::Admitted(_)));
+    assert!(matches!(again(4, at(-200_000)), Decided::Admitted(_)));
+    // The first is within the minute, the second of longer ago; the third alone is of today.
+    assert_eq!(state(&remote, &plan, at(10)), [(100, 0), (0, 50), (4, 0)]);
+    assert_eq!(settle(1, 30), (vec![Settled::Done], 0));
+    assert_eq!(settle(3, 40), (vec![Settled::Done], 0));
+    assert_eq!(state(&remote, &plan, at(10)), [(70, 0), (40, 0), (2, 0)]);
+    // What it used beyond its estimate was used just now.
+    assert_eq!(settle(2, 60), (vec![Settled::Done], 0));
+    assert_eq!(settle(4, 60), (vec![Settled::Done], 60));
+    assert_eq!(state(&remote, &plan, at(10)), [(90, 0), (40, 0), (0, 0)]);
+    assert_eq!(state(&remote, &plan, at(41))[0], (60, 0));
+    assert_eq!(remote.raw::<u64>(&["ZCARD", EXPIRY]), 0);
+}
+
+#[test]
+fn a_call_that_never_was_gives_back_its_request_too() {
+    let remote = Remote::to(&Arc::new(Server::start()));
+    let limits = Limits {
+        requests_per_minute: limit(9),
+        requests_per_day: limit(9),
+        tokens_per_minute: limit(100),
+        tokens_per_day: limit(100),
+        concurrency: limit(9),
+        ..Limits::default()
+    };
+    let plan = key(&limits);
+    let admit = |now| match remote.reserve(&plan, Estimate { prompt: 10, completion: 0, guessed: false }, now) {
+        Verdicts::Admitted { id, .. } => id,
+        Verdicts::Refused { refusal, .. } => panic!("{refusal:?}"),
+    };
+    let never = |id, now| {
+        remote.at(now);
+        remote.wait(remote.commands.settle(&remote.connection, &[Ended { id, tokens: None, epoch: 1 }])).0[0]
+    };
+    remote.at(at(-1));
+    remote.epoch();
+    let (stays, yesterday) = (admit(at(-1)), admit(at(-1)));
+    let today = admit(at(2));
+    assert_eq!(never(yesterday, at(3)), Settled::Done);
+    assert_eq!(never(today, at(3)), Settled::Done);
+    assert_eq!(never(today, at(3)), Settled::Duplicate);
+    assert_eq!(state(&remote, &plan, at(3)), [(1, 0), (0, 0), (10, 0), (0, 0), (1, 0)]);
+    assert_eq!(remote.settle(stays, 7, at(4)), Settled::Done);
+    assert_eq!(state(&remote, &plan, at(4)), [(1, 0), (0, 0), (7, 0), (0, 0), (0, 0)]);
+}
+
 #[test]
 fn a_question_that_comes_too_late_writes_nothing() {
     let remote = Remote::to(&Arc::new(Server::start()));
     let plan = key(&Limits { requests_per_minute: limit(3), ..Limits::default() });
     remote.at(Instant64(5_000_001));
-    let asked = |deadline| Asked { id: LeaseId(1), plan: &plan, tokens: 1, charge: 1, admitted: false, deadline };
+    let asked = |at| Asked { id: LeaseId(1), plan: &plan, tokens: 1, charge: 1, admitted: false, at };
     let reserve = |deadline| remote.wait(remote.commands.reserve(&remote.connection, &asked(deadline)));
     assert!(matches!(reserve(5_000_000), Decided::Late));
     assert_eq!(remote.raw::<Vec<String>>(&["KEYS", "*"]), Vec::<String>::new());

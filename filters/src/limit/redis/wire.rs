@@ -1,11 +1,15 @@
 //! How scopes and rules are written for the scripts, and how their answers are read.
 
+use std::borrow::Cow;
+
 use redis::{RedisResult, Value};
 use smallvec::SmallVec;
 
 use super::{MOST, PREFIX, Plan, Reading, Row, unexpected};
+use crate::limit::calendar::changes_around;
 use crate::limit::dimension::{Dimension, Unit, Window};
 use crate::limit::rule::{Rule, RuleSet, Scope, ScopeId};
+use crate::limit::zone::Zone;
 
 const DAY_SECS: u64 = 86_400;
 /// How long a scope is kept after its longest window: longer than any call lasts.
@@ -15,7 +19,11 @@ const GRACE_SECS: u64 = 2 * DAY_SECS;
 #[derive(Debug)]
 pub(in crate::limit) struct Wire {
     key: Box<str>,
-    rules: Box<[u8]>,
+    /// The rules, without the zone that stands before them.
+    head: Box<[u8]>,
+    tail: Box<[u8]>,
+    /// All of it, if the zone is the same at all times.
+    whole: Option<Box<[u8]>>,
 }
 
 impl Wire {
@@ -23,13 +31,28 @@ impl Wire {
         &self.key
     }
 
-    pub(super) fn rules(&self) -> &[u8] {
-        &self.rules
+    /// The rules in that zone, with its changes around `now` (seconds since the epoch).
+    pub(super) fn rules(&self, zone: Zone, now: impl FnOnce() -> i64) -> Cow<'_, [u8]> {
+        match &self.whole {
+            Some(whole) => Cow::Borrowed(whole),
+            None => Cow::Owned(self.with(&pack_zone(zone, now()))),
+        }
+    }
+
+    fn with(&self, zone: &[u8]) -> Vec<u8> {
+        [&self.head, zone, &self.tail].concat()
     }
 }
 
 pub(super) fn of(set: &RuleSet) -> &Wire {
-    set.remote().wire.get_or_init(|| Wire { key: key(set.id()).into(), rules: pack(set).into() })
+    set.remote().wire.get_or_init(|| {
+        let (head, tail) = pack(set);
+        let mut wire = Wire { key: key(set.id()).into(), head: head.into(), tail: tail.into(), whole: None };
+        if let Zone::Fixed(_) = set.zone() {
+            wire.whole = Some(wire.with(&pack_zone(set.zone(), 0)).into());
+        }
+        wire
+    })
 }
 
 /// The key of a scope's state.
@@ -86,13 +109,13 @@ pub(super) fn kinds() -> Vec<u8> {
     text
 }
 
-fn pack(set: &RuleSet) -> Vec<u8> {
+/// What stands before the zone, and what stands behind it.
+fn pack(set: &RuleSet) -> (Vec<u8>, Vec<u8>) {
     let longest = set.rules().iter().map(|rule| span_secs(rule.dimension.window())).max().unwrap_or(0);
-    let mut text = Vec::with_capacity(16 + 24 * set.rules().len());
-    array(&mut text, 2 + set.rules().len());
-    unsigned(&mut text, (longest + GRACE_SECS) * 1_000);
-    text.push(0xd2);
-    text.extend(set.zone().0.to_be_bytes());
+    let mut head = Vec::with_capacity(16);
+    array(&mut head, 2 + set.rules().len());
+    unsigned(&mut head, (longest + GRACE_SECS) * 1_000);
+    let mut text = Vec::with_capacity(24 * set.rules().len());
     for Rule { dimension, limit, shadow, .. } in set.rules() {
         let window = dimension.window();
         array(&mut text, 6);
@@ -103,7 +126,25 @@ fn pack(set: &RuleSet) -> Vec<u8> {
         unsigned(&mut text, span_secs(window) * 1_000_000);
         unsigned(&mut text, u64::from(*shadow));
     }
+    (head, text)
+}
+
+fn pack_zone(zone: Zone, now: i64) -> Vec<u8> {
+    let (offset, changes) = changes_around(zone, now);
+    let mut text = Vec::with_capacity(8 + 14 * changes.len());
+    array(&mut text, 1 + 2 * changes.len());
+    signed(&mut text, offset);
+    for change in changes {
+        unsigned(&mut text, u64::try_from(change.at).unwrap_or(0));
+        signed(&mut text, change.offset);
+    }
     text
+}
+
+/// A MessagePack number that may be negative.
+fn signed(text: &mut Vec<u8>, number: i32) {
+    text.push(0xd2);
+    text.extend(number.to_be_bytes());
 }
 
 /// The head of a MessagePack array; none here is longer than a few dozen.
@@ -151,7 +192,6 @@ pub(super) fn rows(plan: &Plan, numbers: &mut impl Iterator<Item = i64>) -> Opti
 mod tests {
     use super::*;
     use crate::limit::dimension::{Limit, Limits};
-    use crate::limit::rule::Zone;
 
     #[test]
     fn the_keys_of_scopes_share_one_slot_and_differ() {
@@ -165,15 +205,27 @@ mod tests {
     #[test]
     fn rules_are_packed_as_the_scripts_read_them() {
         let limits = Limits { tokens_per_minute: Some(Limit { limit: 300, shadow: true }), ..Limits::default() };
-        let set = RuleSet::new(Scope::Key, "a", &limits).in_zone(Zone(-1));
+        let set = RuleSet::new(Scope::Key, "a", &limits).in_zone(Zone::Fixed(-1));
         let mut expected = vec![0xdc, 0, 3, 0xcf];
         expected.extend(172_860_000u64.to_be_bytes());
-        expected.extend([0xd2, 0xff, 0xff, 0xff, 0xff, 0xdc, 0, 6, 5, 1, 1, 0xcf]);
+        expected.extend([0xdc, 0, 1, 0xd2, 0xff, 0xff, 0xff, 0xff, 0xdc, 0, 6, 5, 1, 1, 0xcf]);
         expected.extend(300u64.to_be_bytes());
         expected.push(0xcf);
         expected.extend(60_000_000u64.to_be_bytes());
         expected.push(1);
-        assert_eq!(of(&set).rules(), expected);
+        assert_eq!(*of(&set).rules(set.zone(), || panic!("nobody has to know the time")), expected);
+    }
+
+    #[test]
+    fn a_zone_is_sent_with_the_changes_around_now_and_no_others() {
+        let berlin = Zone::named("Europe/Berlin").unwrap();
+        let second = |text: &str| text.parse::<jiff::Timestamp>().unwrap().as_second();
+        assert_eq!(pack_zone(berlin, second("2026-06-30T00:00:00Z")), [0xdc, 0, 1, 0xd2, 0, 0, 0x1c, 0x20]);
+        let autumn = second("2026-10-25T01:00:00Z");
+        let mut expected = vec![0xdc, 0, 3, 0xd2, 0, 0, 0x1c, 0x20, 0xcf];
+        expected.extend(autumn.to_be_bytes());
+        expected.extend([0xd2, 0, 0, 0x0e, 0x10]);
+        assert_eq!(pack_zone(berlin, autumn + 86_400), expected);
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl Keeper {
             self.looks = 0;
             return LOOK;
         }
-        shared.outage.store(Arc::new(Outage::new(shared.link.gateways())));
+        shared.outage.store(Arc::new(Outage::new(shared.link.group())));
         shared.link.breaker.close();
         shared.link.watch.set_store_up(true);
         // What was admitted between the last look and this moment.
@@ -112,14 +112,14 @@ impl Keeper {
             self.mercy_until = Some(Instant::now() + MERCY);
         }
         self.complained = None;
-        tracing::info!(?away, gateways = shared.link.gateways(), "the limit store is there");
+        tracing::info!(?away, gateways = shared.link.group().size(), "the limit store is there");
         BEAT
     }
 
     async fn work(&mut self, shared: &Shared) {
         let outage = shared.outage.load_full();
-        if outage.gateways() != shared.link.gateways() || outage.is_touched() {
-            shared.outage.store(Arc::new(Outage::new(shared.link.gateways())));
+        if outage.group() != shared.link.group() || outage.is_touched() {
+            shared.outage.store(Arc::new(Outage::new(shared.link.group())));
         }
         if !shared.reconcile(self.beats.is_multiple_of(RENEW_EVERY)).await {
             return;
@@ -173,7 +173,8 @@ impl Shared {
             return true;
         }
         let charge = live.progress.load(Ordering::Relaxed);
-        let asked = Asked { id: live.id, plan: &live.plan, tokens: live.tokens, charge, admitted: true, deadline: 0 };
+        let (id, plan, tokens, at) = (live.id, &live.plan, live.tokens, live.at);
+        let asked = Asked { id, plan, tokens, charge, admitted: true, at };
         let asked = &asked;
         let answer = self
             .link
@@ -218,13 +219,12 @@ impl Shared {
         let mut pushing = self.pushing.lock().await;
         pushing.extend(self.spent.lock().drain().map(|(_, spent)| (rand::random::<u64>(), spent)));
         while let Some((mark, spent)) = pushing.last() {
-            let amounts = (spent.requests, spent.tokens);
+            let amounts = &spent.amounts();
             let answer = self.link.ask("push", PATIENCE, |commands, connection| async move {
                 commands.spend(&connection, *mark, &spent.plan, amounts).await
             });
-            if answer.await.is_none() {
-                return false;
-            }
+            let Some(lost) = answer.await else { return false };
+            self.lost.fetch_add(lost, Ordering::AcqRel);
             pushing.pop();
         }
         true
