@@ -55,8 +55,6 @@ pub struct Eject {
     pub max_ratio: f64,
 }
 
-/// A node that has no time to offer rests for so long after a 429.
-const BREATH: Duration = Duration::from_secs(1);
 /// An upstream that asks for a longer rest of a node than this does not get it: a node of our own knows no hours.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
@@ -124,8 +122,11 @@ impl Upstream {
                         credential.state.refused.store(failure.class == Class::Auth, Ordering::Relaxed);
                         credential.state.rest.until(now + self.cooldown.max(told.unwrap_or_default()));
                     }
+                    // A node of ours that names no time is busy now, and who knows in a moment.
                     None => {
-                        node.state.limited.until(now + told.unwrap_or(BREATH).clamp(BREATH, LONGEST_REST));
+                        if let Some(told) = told {
+                            node.state.limited.until(now + told.min(LONGEST_REST));
+                        }
                     }
                 }
                 false
@@ -485,6 +486,8 @@ mod tests {
         let own = upstream(2, 0);
         let limited = |after| Failure { retry_after: after, ..Failure::new(Class::RateLimited, "status 429") };
         own.failed(&own.nodes[0], None, &limited(None), SECOND);
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::Freely);
+        own.failed(&own.nodes[0], None, &limited(Some(SECOND)), SECOND);
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
         own.failed(&own.nodes[0], None, &limited(Some(3600 * SECOND)), SECOND);
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(61 * SECOND));

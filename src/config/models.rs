@@ -62,7 +62,7 @@ fn on() -> Vec<Class> {
 pub(crate) struct Retry {
     /// Attempts of one call over all targets, the first included. Default 3.
     pub attempts: u32,
-    /// Wait before the second attempt, doubled for each further one. Default 100ms.
+    /// Wait before a node is asked a second time, doubled for each further repetition. Default 100ms.
     pub backoff: Period,
     /// Waits vary at random. Default true.
     pub jitter: bool,

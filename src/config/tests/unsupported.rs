@@ -53,7 +53,6 @@ fn every_place_that_asks_is_named() {
             "Warning upstreams.a.health",
             "Error upstreams.b.discover",
             "Warning upstreams.b.health",
-            "Warning models.m.targets[1].on[1]",
             "Error models.m.resume",
         ]
     );
