@@ -72,6 +72,10 @@ bench: build ## measure the gateway beside a bare proxy on this machine. ARGS=".
 benchledger: testpackages toolchain ## measure a decision of the ledger, in memory and in Redis. ARGS="..." as for bench
 	cargo run --release --locked -p tollgate-load -- ledger $(ARGS)
 
+.PHONY: benchoutage
+benchoutage: testpackages build ## measure what callers feel while Redis stands still for ten seconds
+	cargo run --release --locked -p tollgate-load -- outage $(ARGS)
+
 .PHONY: deny
 deny: toolchain ## licences, sources and duplicates of all dependencies; works offline once they are fetched
 	@cargo deny --version >/dev/null 2>&1 || { echo "Installing cargo-deny; this takes some minutes."; cargo install --locked cargo-deny; }

@@ -67,7 +67,10 @@ async fn all_settled(gates: &[Gateway], redis: &Redis, key: &str, used: u64) {
     assert_eq!(redis.command(&["HLEN", "tg:{tg}:l"]), "1");
 }
 
-/// A node that keeps its calls until it is told, and says that each used exactly so much.
+/// What each call used where the node answers less than was reserved.
+const USED: u64 = 30;
+
+/// A node that keeps its calls until it is told, and says that each used [`USED`] tokens.
 struct Holding {
     node: RawNode,
     arrived: Arc<AtomicUsize>,
@@ -75,7 +78,8 @@ struct Holding {
 }
 
 impl Holding {
-    async fn start() -> Self {
+    /// The prompt costs what the gateways think: they learn from it, and must not come to reserve something else.
+    async fn start(room: u64) -> Self {
         let (go, may) = watch::channel(false);
         let arrived = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&arrived);
@@ -84,7 +88,7 @@ impl Holding {
             count.fetch_add(1, Ordering::AcqRel);
             async move {
                 may.wait_for(|go| *go).await.ok()?;
-                call.json("200 OK", &completion("hello", 20, 10)).await;
+                call.json("200 OK", &completion("hello", RESERVED - room, USED + room - RESERVED)).await;
                 Some(call)
             }
         })
@@ -169,7 +173,8 @@ fn assert_named(answer: &Answer, code: &str, says: &str, policy: &str, headers: 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_2000_calls_at_once_four_gateways_admit_each_limit_exactly() {
-    let (redis, node, room) = (Redis::start(), Holding::start().await, room().await);
+    let (redis, room) = (Redis::start(), room().await);
+    let node = Holding::start(room).await;
     let gates = gateways(&redis, &node.node.url()).await;
 
     let (admitted, refused) = race(&gates, &node, "rpm", room).await;
@@ -191,7 +196,7 @@ async fn of_2000_calls_at_once_four_gateways_admit_each_limit_exactly() {
         assert_named(answer, "rate_limit_exceeded", "key allows 5050 tokens per minute", ";q=5050;w=60", &headers);
     }
     // What was reserved and not used is back.
-    all_settled(&gates, &redis, "tpm", 50 * 30).await;
+    all_settled(&gates, &redis, "tpm", 50 * USED).await;
 
     let (admitted, refused) = race(&gates, &node, "tpd", room).await;
     assert_eq!((admitted.len(), refused.len()), (77, CALLS - 77));
@@ -200,7 +205,7 @@ async fn of_2000_calls_at_once_four_gateways_admit_each_limit_exactly() {
             [("x-ratelimit-limit-tokens", "7777"), ("x-ratelimit-remaining-tokens", "77"), ("x-should-retry", "false")];
         assert_named(answer, "quota_exceeded", "key allows 7777 tokens per day", ";q=7777;w=86400", &headers);
     }
-    all_settled(&gates, &redis, "tpd", 77 * 30).await;
+    all_settled(&gates, &redis, "tpd", 77 * USED).await;
 
     let (admitted, refused) = race(&gates, &node, "slots", room).await;
     assert_eq!((admitted.len(), refused.len()), (13, CALLS - 13));
@@ -252,9 +257,9 @@ impl Load {
 }
 
 /// A node that answers at once that each call used what it had reserved.
-async fn using_all() -> RawNode {
-    RawNode::answering(|mut call: Upcall| async move {
-        call.json("200 OK", &completion("hello", 60, RESERVED - 60)).await;
+async fn using_all(room: u64) -> RawNode {
+    RawNode::answering(move |mut call: Upcall| async move {
+        call.json("200 OK", &completion("hello", RESERVED - room, room)).await;
         Some(call)
     })
     .await
@@ -275,7 +280,7 @@ fn assert_rolling(times: &[u64], limit: usize) {
 async fn over_the_edges_of_minutes_no_trailing_minute_has_more_than_the_limit() {
     let room = room().await;
     // Ten seconds before a minute begins, and six times as fast as the clock on the wall.
-    let (redis, node) = (Redis::at("2026-03-01 10:58:50", 6), using_all().await);
+    let (redis, node) = (Redis::at("2026-03-01 10:58:50", 6), using_all(room).await);
     let watched = redis.watch();
     let gates = gateways(&redis, &node.url()).await;
     let begin = redis.now();
@@ -320,7 +325,7 @@ async fn over_midnight_each_day_takes_exactly_its_limit_and_pays_for_its_own_cal
                 day.wait_for(|begun| *begun).await.ok()?;
             }
             tokio::time::sleep(Duration::from_millis(Rng::new(n as u64).next() % 300)).await;
-            call.json("200 OK", &completion("hello", 60, RESERVED - 60)).await;
+            call.json("200 OK", &completion("hello", RESERVED - room, room)).await;
             Some(call)
         }
     })

@@ -139,7 +139,7 @@ async fn a_failover_on_purpose_loses_nothing() {
     let before = go(20).await;
     counted(&gw, WENDY, before).await;
     in_step(&master, &replica).await;
-    sentinel.ask(&["SENTINEL", "FAILOVER", "main"]);
+    sentinel.fail_over().await;
     eventually("the roles to be changed", || async {
         replica.ask(&["INFO", "replication"]).contains("role:master")
             && master.ask(&["INFO", "replication"]).contains("role:slave")

@@ -6,6 +6,7 @@
 mod cpu;
 mod gateway;
 pub mod ledger;
+pub mod outage;
 
 use std::fmt::Write;
 use std::path::PathBuf;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use tollgate_load::bench::ledger::{self, LedgerConfig};
+use tollgate_load::bench::outage::{self, OutageConfig};
 use tollgate_load::bench::{self, BenchConfig};
 use tollgate_load::dify::{DifyApp, DifyConfig};
 use tollgate_load::load::{self, Arrival, LoadConfig};
@@ -36,6 +37,8 @@ enum Command {
     Bench(BenchArgs),
     /// Measure what a decision of the ledger costs, in memory and in Redis, beside a script of plain commands.
     Ledger(LedgerArgs),
+    /// Measure what callers feel while Redis stands still: two gateways on one server that is stopped for a while.
+    Outage(OutageArgs),
 }
 
 /// Durations are written like 250us, 20ms, 1.5s or 2m.
@@ -233,6 +236,25 @@ struct LedgerArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct OutageArgs {
+    /// Calls a second over both gateways.
+    #[arg(long, default_value_t = 200.0)]
+    rps: f64,
+    /// For how long Redis is stopped.
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    stopped: Duration,
+    /// How long the gateways wait for Redis.
+    #[arg(long, default_value = "5ms", value_parser = duration)]
+    budget: Duration,
+    /// The server, started for this on a free port of loopback.
+    #[arg(long, default_value = "redis-server")]
+    redis_server: PathBuf,
+    /// Where the gateway's program lies. Default: beside this one.
+    #[arg(long)]
+    binaries: Option<PathBuf>,
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let at = text.find(|sign: char| sign.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
@@ -260,6 +282,7 @@ fn main() -> ExitCode {
         Command::Run(args) => runtime.block_on(run_load(args)),
         Command::Bench(args) => runtime.block_on(run_bench(args)),
         Command::Ledger(args) => runtime.block_on(run_ledger(args)),
+        Command::Outage(args) => runtime.block_on(run_outage(args)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -411,6 +434,19 @@ async fn run_ledger(args: LedgerArgs) -> Result<(), String> {
     if !args.json {
         print!("{}", figures.table());
     }
+    print_json(&figures)
+}
+
+async fn run_outage(args: OutageArgs) -> Result<(), String> {
+    let config = OutageConfig {
+        rate: args.rps,
+        stopped: args.stopped,
+        budget: args.budget,
+        redis_server: args.redis_server,
+        binaries: args.binaries,
+    };
+    let figures = outage::run(config, &mut |line| eprintln!("{line}")).await?;
+    print!("{}", figures.table());
     print_json(&figures)
 }
 

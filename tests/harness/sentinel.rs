@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::PATIENCE;
-use super::redis::{Redis, free_port, speak};
+use super::redis::{Redis, answer, free_port, speak};
+use super::{PATIENCE, eventually};
 
 /// A Sentinel that watches one master under the name `main`, and may fail it over on its own.
 pub(crate) struct Sentinel {
@@ -44,6 +44,15 @@ impl Sentinel {
 
     pub(crate) fn ask(&self, words: &[&str]) -> String {
         speak(TcpStream::connect(("127.0.0.1", self.port)).expect("the Sentinel listens"), words)
+    }
+
+    /// Makes the replica the master. A Sentinel that has just heard of the replica wants to know it better first.
+    pub(crate) async fn fail_over(&self) {
+        eventually("the Sentinel to begin a failover", || async {
+            let stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the Sentinel listens");
+            answer(stream, &["SENTINEL", "FAILOVER", "main"]).starts_with("+OK")
+        })
+        .await;
     }
 
     /// Whether it knows a replica that could take over.

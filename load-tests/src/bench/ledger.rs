@@ -6,7 +6,7 @@
 
 mod arms;
 mod replay;
-mod server;
+pub(super) mod server;
 
 use std::fmt::Write;
 use std::path::PathBuf;

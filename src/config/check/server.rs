@@ -1,5 +1,6 @@
 //! Checks of `server:` and `store:`.
 
+use tollgate_filters::config::SecretSource;
 use tollgate_filters::store::Address;
 
 use super::{At, Check};
@@ -81,7 +82,12 @@ impl Check<'_> {
         let Some(redis) = &store.redis else { return };
         let at = at.key("redis");
         self.lasting(&at.key("timeout"), redis.timeout);
-        if let Some(url) = self.secret(&at.key("url"), &redis.url) {
+        let url = match &redis.url {
+            // Without a user or password there is nothing secret in it.
+            SecretSource::Plain(url) if !url.is_empty() && !url.expose().contains('@') => Some(url.clone()),
+            source => self.secret(&at.key("url"), source),
+        };
+        if let Some(url) = url {
             match Address::parse(url.expose()) {
                 Ok(address) => self.certificates(&at, redis, address.is_secure()),
                 // The address may hold a password and is not repeated.

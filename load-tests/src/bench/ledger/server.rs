@@ -10,15 +10,15 @@ use tokio::process::Child;
 use super::super::gateway::{Cores, Scratch, free_port};
 
 /// A server that keeps nothing, on loopback; killed when it is dropped.
-pub(super) struct Server {
-    pub(super) pid: u32,
-    pub(super) port: u16,
+pub(in crate::bench) struct Server {
+    pub(in crate::bench) pid: u32,
+    pub(in crate::bench) port: u16,
     child: Child,
     _scratch: Scratch,
 }
 
 impl Server {
-    pub(super) async fn start(program: &Path, cores: &Cores) -> Result<Self, String> {
+    pub(in crate::bench) async fn start(program: &Path, cores: &Cores) -> Result<Self, String> {
         let port = free_port()?;
         let scratch = Scratch::new()?;
         let mut command = cores.command(program);
@@ -42,7 +42,7 @@ impl Server {
         Ok(Self { pid, port, child, _scratch: scratch })
     }
 
-    pub(super) async fn stop(mut self) {
+    pub(in crate::bench) async fn stop(mut self) {
         // It is killed on drop as well; this waits for it to be gone.
         let _ = self.child.kill().await;
     }
