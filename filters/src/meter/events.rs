@@ -192,7 +192,7 @@ impl Pieces {
     fn push(&mut self, piece: Bytes, out: &mut SmallVec<[Bytes; 2]>) {
         let offset = (piece.as_ptr() as usize).wrapping_sub(self.chunk.as_ptr() as usize);
         // The chunk is alive, so memory within it can only be its own.
-        let place = (offset < self.chunk.len()).then_some((offset, offset + piece.len()));
+        let place = (offset < self.chunk.len()).then(|| (offset, offset + piece.len()));
         match (self.run, place) {
             (Some((from, to)), Some((start, end))) if start == to => self.run = Some((from, end)),
             (_, Some(place)) => {
