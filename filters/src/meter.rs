@@ -109,7 +109,7 @@ pub struct Meter {
 #[derive(Debug)]
 enum Body {
     /// Events.
-    Stream(Box<Events>),
+    Stream(Events),
     /// One JSON object.
     Plain(Members),
     /// Bytes of which nothing is known.
@@ -121,7 +121,7 @@ impl Meter {
     pub fn stream(dialect: Dialect, kind: CallKind, view: UsageView) -> Self {
         let view = if dialect == Dialect::Openai && kind.takes_stream_options() { view } else { UsageView::All };
         let body = match dialect {
-            Dialect::Openai | Dialect::Anthropic | Dialect::Dify => Body::Stream(Box::new(Events::new(view))),
+            Dialect::Openai | Dialect::Anthropic | Dialect::Dify => Body::Stream(Events::new(view)),
             Dialect::Gemini | Dialect::None => Body::Opaque,
         };
         Self::new(dialect, kind, body)
