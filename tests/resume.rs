@@ -133,7 +133,7 @@ async fn a_refused_continuation_is_not_the_clients_error() {
     second.set_fault(Some(fault("no_continue")));
     let answer = ask(&gw, &body(20)).await;
     is_error(&answer, "upstream_error");
-    assert_eq!(text(&answer).is_empty(), false);
+    assert!(!text(&answer).is_empty());
     assert_eq!((first.requests().len(), second.requests().len()), (1, 1));
     gw.settles("tollgate_resumes_total", &[("model", "chat"), ("result", "failed")], 1.0).await;
     let line = gw.logged(answer.header("x-request-id")).await;

@@ -336,3 +336,110 @@ impl Seam {
 
 /// The new answer is another one.
 struct Differs;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::CallKind;
+    use crate::meter::{Meter, Stop};
+
+    fn block(text: &str) -> String {
+        let data = serde_json::json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}});
+        format!("event: content_block_delta\ndata: {data}\n\n")
+    }
+
+    fn opening(id: &str, input: u64) -> String {
+        format!(
+            "event: message_start\ndata: {{\"type\":\"message_start\",\"message\":{{\"id\":\"{id}\",\"usage\":{{\"input_tokens\":{input},\"output_tokens\":1}}}}}}\n\n\
+             event: content_block_start\ndata: {{\"type\":\"content_block_start\",\"index\":0,\"content_block\":{{\"type\":\"text\",\"text\":\"\"}}}}\n\n"
+        )
+    }
+
+    fn ending(output: u64) -> String {
+        format!(
+            "event: content_block_stop\ndata: {{\"type\":\"content_block_stop\",\"index\":0}}\n\n\
+             event: message_delta\ndata: {{\"type\":\"message_delta\",\"delta\":{{\"stop_reason\":\"end_turn\"}},\"usage\":{{\"output_tokens\":{output}}}}}\n\n\
+             event: message_stop\ndata: {{\"type\":\"message_stop\"}}\n\n"
+        )
+    }
+
+    fn messages(seam: Seam) -> Meter {
+        Meter::stream(Dialect::Anthropic, CallKind::Messages, UsageView::All).joined(seam)
+    }
+
+    fn fed(meter: &mut Meter, text: &str) -> (String, Option<Stop>) {
+        let seen = meter.feed(Bytes::copy_from_slice(text.as_bytes())).unwrap();
+        (String::from_utf8(seen.forward.concat()).unwrap(), seen.stop)
+    }
+
+    fn broken(way: Way) -> Seam {
+        let mut first = messages(Seam::new(way));
+        let begun = format!("{}{}{}", opening("a", 10), block("one"), block(" two"));
+        assert_eq!(fed(&mut first, &begun), (begun, None));
+        first.break_off(99).unwrap()
+    }
+
+    #[test]
+    fn a_message_is_gone_on_with_in_the_block_that_is_open() {
+        let seam = broken(Way::Continue);
+        assert_eq!(seam.text(), "one two");
+        let said = seam.used().output;
+        let mut second = messages(seam);
+        let (shown, stop) = fed(&mut second, &format!("{}{}{}", opening("b", 12), block(" three"), ending(5)));
+        assert_eq!((shown, stop), (format!("{}{}", block(" three"), ending(5 + said)), None));
+        let usage = second.usage(99);
+        assert_eq!((usage.input, usage.output), (10, 5 + said));
+    }
+
+    #[test]
+    fn a_replayed_message_is_shown_from_where_it_is_new() {
+        let mut second = messages(broken(Way::Replay));
+        let text = format!("{}{}{}{}", opening("b", 10), block("o"), block("ne two th"), block("ree"));
+        let (shown, stop) = fed(&mut second, &format!("{text}{}", ending(7)));
+        assert_eq!((shown, stop), (format!("{}{}{}", block(" th"), block("ree"), ending(7)), None));
+        assert_eq!((second.usage(99).input, second.usage(99).output), (10, 7));
+        for other in [block("other"), format!("{}{}", block("one"), ending(1))] {
+            let mut second = messages(broken(Way::Replay));
+            assert_eq!(fed(&mut second, &format!("{}{other}", opening("b", 10))), (String::new(), Some(Stop::Apart)));
+        }
+    }
+
+    fn chunk(delta: &str) -> String {
+        format!("data: {{\"id\":\"x\",\"choices\":[{{\"index\":0,\"delta\":{delta}}}]}}\n\n")
+    }
+
+    #[test]
+    fn an_answer_may_break_more_than_once() {
+        let chat = |seam| Meter::stream(Dialect::Openai, CallKind::Chat, UsageView::Nothing).joined(seam);
+        let mut seam = Seam::new(Way::Continue);
+        for turn in 0..3 {
+            let mut meter = chat(seam);
+            let role = chunk("{\"role\":\"assistant\",\"content\":\"\"}");
+            let word = chunk(&format!("{{\"content\":\"word{turn} \"}}"));
+            let (shown, _) = fed(&mut meter, &format!("{role}{word}"));
+            assert_eq!(shown, if turn == 0 { format!("{role}{word}") } else { word });
+            seam = meter.break_off(7).unwrap();
+        }
+        assert_eq!(seam.text(), "word0 word1 word2 ");
+        assert_eq!(seam.used().input, 7);
+        assert!(seam.used().output >= 6, "{:?}", seam.used());
+    }
+
+    #[test]
+    fn thoughts_tools_and_very_long_answers_are_not_gone_on_with() {
+        let long = format!("{{\"content\":\"{}\"}}", "x".repeat(MOST + 1));
+        for (delta, continued, replayed) in [
+            ("{\"content\":\"a\"}", true, true),
+            ("{\"reasoning_content\":\"a\"}", false, true),
+            ("{\"tool_calls\":[{\"index\":0}]}", false, false),
+            ("{\"refusal\":\"no\"}", false, false),
+            (long.as_str(), false, false),
+        ] {
+            for (way, possible) in [(Way::Continue, continued), (Way::Replay, replayed)] {
+                let mut meter = Meter::stream(Dialect::Openai, CallKind::Chat, UsageView::All).joined(Seam::new(way));
+                fed(&mut meter, &chunk(delta));
+                assert_eq!(meter.break_off(1).is_some(), possible, "{way:?}");
+            }
+        }
+    }
+}
