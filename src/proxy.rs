@@ -18,6 +18,7 @@ pub(crate) mod pass;
 pub(crate) mod record;
 pub(crate) mod relay;
 pub(crate) mod reply;
+pub(crate) mod resume;
 pub(crate) mod upstream;
 
 use std::sync::Arc;

@@ -14,6 +14,7 @@ use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::limit::{Ledger, RuleSet};
+use tollgate_filters::meter::OnMalformed;
 use tollgate_filters::meter::learned::Learned;
 use tollgate_filters::metrics::{Metrics, NodeMetrics, RouteMetrics};
 use tollgate_filters::model::Model;
@@ -87,6 +88,8 @@ pub(crate) struct Route {
     pub lane: Lane,
     /// What becomes of a call whose client leaves.
     pub on_abort: OnAbort,
+    /// What becomes of an event of a stream that is no JSON.
+    pub on_malformed: OnMalformed,
     /// Its metric handles.
     pub metrics: RouteMetrics,
 }

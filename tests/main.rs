@@ -23,6 +23,7 @@ mod race;
 mod redis;
 mod redis_faults;
 mod redis_places;
+mod resume;
 mod routing;
 mod sdk;
 mod stream;

@@ -3,6 +3,7 @@
 
 mod fields;
 mod prompt;
+mod resume;
 mod rewrite;
 
 use bytes::Bytes;
@@ -11,6 +12,7 @@ pub use crate::dialect::{CallKind, Dialect};
 use crate::error::Result;
 use crate::meter::UsageView;
 pub use crate::meter::estimate::PromptSize;
+use crate::meter::seam::Way;
 
 /// A place in the body: offsets of its first byte and of the one behind its last.
 type Span = (usize, usize);
@@ -32,6 +34,8 @@ pub struct Call {
     pub continuous_usage: Option<bool>,
     /// How many answers are asked for (`n`, or `best_of` if larger).
     pub n: u32,
+    /// Whether there may be more prompts than one, each with answers of its own.
+    pub batch: bool,
     /// The most output tokens of one answer, if the client limits them.
     pub max_tokens: Option<u64>,
     /// Whom the client says it asks for.
@@ -99,6 +103,26 @@ impl Call {
     /// the same body, not a copy. `body` must be the one that was parsed.
     pub fn rewrite(&self, body: &Bytes, model: Option<&str>, ask: AskUsage) -> Bytes {
         rewrite::rewrite(self, body, model, ask)
+    }
+
+    /// How many answers there will be, 0 if that is not known.
+    pub const fn answers(&self) -> u32 {
+        if self.batch { 0 } else { self.n }
+    }
+
+    /// Whether another node may finish a stream of it that broke off: one answer, of a kind that is understood.
+    pub const fn may_resume(&self, way: Way) -> bool {
+        let kind = match way {
+            Way::Continue => matches!(self.kind, CallKind::Chat | CallKind::Messages),
+            Way::Replay => matches!(self.kind, CallKind::Chat | CallKind::Messages | CallKind::Completion),
+        };
+        self.stream && kind && self.n == 1 && !self.batch
+    }
+
+    /// The body that makes another node go on from `text`, of `produced` tokens; `None` if this call binds the form of its whole answer.
+    /// `body` must be the one that was parsed, or a rewritten form of it.
+    pub fn go_on(&self, body: &[u8], text: &str, produced: u64) -> Option<Bytes> {
+        resume::go_on(self, body, text, produced)
     }
 
     /// Tokens of the prompt, by estimate.

@@ -89,6 +89,8 @@ pub struct Course {
     again: Option<usize>,
     /// No wait goes beyond this.
     deadline: Duration,
+    /// Only targets that can go on with an answer are asked.
+    continuing: bool,
 }
 
 impl Course {
@@ -96,7 +98,16 @@ impl Course {
     pub fn new(model: Arc<Model>, now: Duration) -> Self {
         let longest = model.targets.iter().map(|target| target.upstream.timeouts.total).max().unwrap_or_default();
         let deadline = now.saturating_add(longest);
-        Self { model, tried: SmallVec::new(), last: None, attempts: 0, repeats: 0, again: None, deadline }
+        Self {
+            model,
+            tried: SmallVec::new(),
+            last: None,
+            attempts: 0,
+            repeats: 0,
+            again: None,
+            deadline,
+            continuing: false,
+        }
     }
 
     /// Attempts made so far.
@@ -114,6 +125,15 @@ impl Course {
         &self.model
     }
 
+    /// From now on, only targets come next that can go on with an answer that another node began.
+    pub const fn go_on(&mut self) {
+        self.continuing = true;
+    }
+
+    fn may_ask_for_rest(&self, index: usize) -> bool {
+        !self.continuing || self.model.targets.get(index).is_some_and(|target| target.continues)
+    }
+
     /// What comes next. `random` lies in 0..1.
     pub fn next(&mut self, now: Duration, marks: Marks, random: f64) -> Step {
         if self.attempts >= self.model.retry.attempts || self.is_final() {
@@ -123,7 +143,7 @@ impl Course {
         let mut out: SmallVec<[usize; 4]> = SmallVec::new();
         let current = self.tried.last().map_or(0, |tried| tried.target);
         for index in current..self.model.targets.len() {
-            if index != current && !self.may_follow(index, &passed) {
+            if !self.may_ask_for_rest(index) || (index != current && !self.may_follow(index, &passed)) {
                 continue;
             }
             match self.pick(index, now, marks, false) {
@@ -292,7 +312,7 @@ impl Course {
         let retry = &self.model.retry;
         let pause = backoff(retry.backoff, self.repeats, retry.jitter.then_some(random));
         let wait = |tried: &Tried| match tried.class {
-            _ if tried.silent => None,
+            _ if tried.silent || !self.may_ask_for_rest(tried.target) => None,
             Class::Connect | Class::ServerError | Class::FirstToken | Class::RateLimited => {
                 Some(tried.retry_after.unwrap_or_default().max(pause)).filter(|wait| *wait <= SHORT.max(pause))
             }

@@ -8,6 +8,7 @@ pub mod dify;
 mod errors;
 pub(crate) mod json;
 pub mod openai;
+pub(crate) mod piece;
 pub mod reading;
 pub mod sse;
 

@@ -16,7 +16,9 @@ use prometheus::{Counter, Histogram, IntCounter, IntGauge, Registry, TextEncoder
 use crate::limit::Watch;
 use crate::limit::dimension::Dimension;
 use family::{Family, Registered, Table};
-pub use handle::{AbortPhase, Attempted, CallMetrics, Decision, NodeMetrics, OpenStream, RouteMetrics, TokenKind};
+pub use handle::{
+    AbortPhase, Attempted, CallMetrics, Decision, NodeMetrics, OpenStream, Resumed, RouteMetrics, TokenKind,
+};
 
 /// The label value for what is not known: no key, no model, no upstream.
 pub const NONE: &str = "-";
@@ -83,6 +85,8 @@ families! {
         "Attempts on a node, by outcome.";
     fallbacks: IntCounter = "tollgate_fallbacks_total" ["model", "from", "to", "reason"] &[],
         "Calls that went on from one upstream to another, by the outcome that caused it.";
+    resumes: IntCounter = "tollgate_resumes_total" ["model", "result"] &[],
+        "Streams that broke after their first token and were to be finished on another node, by result: resumed or failed.";
     limit_decisions: IntCounter = "tollgate_limit_decisions_total" ["scope", "dimension", "decision"] &[],
         "Decisions of the limiter: ok, refused, or shadow (would have been refused).";
     reservations: IntGauge = "tollgate_reservations_inflight" [] &[],
@@ -235,6 +239,11 @@ impl Metrics {
     /// A call of `model` went on from one upstream to the next.
     pub fn fallback(&self, model: &str, from: &str, to: &str, reason: Attempted) {
         self.shared.families.fallbacks.with(&[self.shared.model(model), from, to, reason.as_str()]).inc();
+    }
+
+    /// A stream of `model` broke, and another node was to finish it.
+    pub fn resumed(&self, model: &str, result: Resumed) {
+        self.shared.families.resumes.with(&[self.shared.model(model), result.as_str()]).inc();
     }
 
     /// The limiter decided. `scope` is the kind of scope (`global`, `route`, `key`, `model`), never its name.

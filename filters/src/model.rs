@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::limit::RuleSet;
 use crate::meter::exact::Tokens;
 use crate::meter::learned::Learned;
+use crate::meter::seam::Way;
 use crate::retry::Class;
 use crate::upstream::Upstream;
 use crate::usage::Usage;
@@ -23,6 +24,10 @@ pub struct Model {
     pub rules: Arc<RuleSet>,
     /// What tokens cost, if that is known.
     pub price: Option<Price>,
+    /// How a stream that broke off is finished on another node, if it is.
+    pub resume: Option<Way>,
+    /// Answers carry the name that the client asked for, not the target's.
+    pub report_requested: bool,
 }
 
 /// An upstream, and the name that the model has there.

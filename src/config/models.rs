@@ -20,6 +20,9 @@ pub(crate) struct Model {
     /// What happens to a stream that broke after its first token. Default `off`.
     #[serde(default)]
     pub resume: Resume,
+    /// Which name answers carry in `model`. Default `target`.
+    #[serde(default)]
+    pub report_model: ReportModel,
     /// Limits of all calls of this model together.
     #[serde(default)]
     pub limits: Limits,
@@ -86,6 +89,17 @@ pub(crate) enum Resume {
     Continue,
     /// A further node answers again; what the client has already seen is left out.
     Replay,
+}
+
+/// Which name answers carry in `model`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ReportModel {
+    /// The name that the answering target has for it.
+    #[default]
+    Target,
+    /// The name that the client asked for.
+    Requested,
 }
 
 impl<'de> Deserialize<'de> for Resume {

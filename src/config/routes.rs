@@ -50,6 +50,9 @@ pub(crate) struct Route {
     /// What happens upstream when the client leaves a call. Default `cancel`.
     #[serde(default)]
     pub on_abort: OnAbort,
+    /// What happens to an event of a stream that is no JSON, while the stream goes on. Default `skip`.
+    #[serde(default)]
+    pub on_malformed: OnMalformed,
 }
 
 /// Which requests a route takes. All conditions must hold; a list holds if one of its members does.
@@ -104,6 +107,17 @@ pub(crate) enum OnAbort {
     Cancel,
     /// The answer is read on to its end, at most so long, and charged as its upstream says.
     Drain(Period),
+}
+
+/// What happens to an event of a stream that is no JSON.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnMalformed {
+    /// It is left out.
+    #[default]
+    Skip,
+    /// The stream ends there with an error event, or goes on elsewhere if the model says `resume`.
+    End,
 }
 
 /// How long an answer is read on where nothing else is said.

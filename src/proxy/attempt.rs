@@ -14,15 +14,16 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::{RequestHeader, ResponseHeader};
 use smallvec::SmallVec;
 use tokio::time::{Instant, Sleep, sleep_until};
-use tollgate_filters::call::{AskUsage, CallKind};
-use tollgate_filters::meter::{Meter, exact};
+use tollgate_filters::call::{AskUsage, Call, CallKind};
+use tollgate_filters::meter::seam::{Seam, Way};
+use tollgate_filters::meter::{Meter, OnMalformed, Stop, exact};
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure, class_of_refusal, class_of_status, retry_after};
 use tollgate_filters::upstream::{Credential, InFlight, Node, Timeouts};
 
 use super::leave::Client;
 use super::upstream::{self, Forwarded};
-use super::{Ctx, pass};
+use super::{Ctx, pass, resume};
 use crate::gateway::ByteShare;
 
 /// Most of a plain answer that is held back to see whether it is whole and no error.
@@ -47,6 +48,8 @@ pub(crate) enum End {
 pub(crate) struct Dispatch {
     body: Bytes,
     rewritten: Option<(std::sync::Arc<str>, AskUsage, Bytes)>,
+    /// What an earlier answer gave, if the next one is to go on with it.
+    seam: Option<Seam>,
     forwarded: Forwarded,
     _share: ByteShare,
 }
@@ -54,12 +57,21 @@ pub(crate) struct Dispatch {
 impl Dispatch {
     /// Prepares the attempts of a call.
     pub(crate) fn new(client: &ServerSession, ctx: &Ctx, body: Bytes, share: ByteShare) -> Self {
-        Self { body, rewritten: None, forwarded: pass::forwarded(client, ctx), _share: share }
+        Self { body, rewritten: None, seam: None, forwarded: pass::forwarded(client, ctx), _share: share }
     }
 
     /// The body as the client wrote it.
     pub(crate) fn body(&self) -> &Bytes {
         &self.body
+    }
+
+    /// From now on, what is sent asks for the rest of an answer. Says whether that is possible with this call.
+    pub(crate) fn resume(&mut self, ctx: &Ctx, seam: Seam) -> bool {
+        let Some(call) = &ctx.exchange.call else { return false };
+        let possible = seam.way() == Way::Replay || call.go_on(&self.body, seam.text(), seam.used().output).is_some();
+        self.rewritten = None;
+        self.seam = Some(seam);
+        possible
     }
 
     /// What may still be needed to count the prompt, once nothing is sent again.
@@ -78,7 +90,10 @@ impl Dispatch {
         }
         let Some(call) = &ctx.exchange.call else { return self.body.clone() };
         let model = if target.model.is_empty() { None } else { Some(&*target.model) };
-        let body = call.rewrite(&self.body, model, ask);
+        let mut body = call.rewrite(&self.body, model, ask);
+        if let Some(seam) = self.seam.as_ref().filter(|seam| seam.way() == Way::Continue) {
+            body = call.go_on(&body, seam.text(), seam.used().output).unwrap_or(body);
+        }
         self.rewritten = Some((std::sync::Arc::clone(&target.model), ask, body.clone()));
         body
     }
@@ -116,6 +131,10 @@ pub(crate) struct Answer {
     pub dispatched: Instant,
     /// When the last token came.
     pub last_token: Instant,
+    /// Since when nothing came that tells that the node is still at it.
+    pub quiet_since: Instant,
+    /// Why it must not go on, though it has begun.
+    pub stop: Option<Stop>,
     /// Deadlines.
     pub timeouts: Timeouts,
     /// How long the connection may idle in the pool.
@@ -198,7 +217,7 @@ pub(crate) async fn run(
     let status = response.status;
     let stream = status.is_success() && is_event_stream(response);
     let mut answer = Box::new(Answer {
-        meter: meter(ctx, target, stream),
+        meter: meter(ctx, target, stream, request.seam.as_ref()),
         up,
         peer,
         status,
@@ -207,13 +226,15 @@ pub(crate) async fn run(
         stream,
         dispatched,
         last_token: dispatched,
+        quiet_since: dispatched,
+        stop: None,
         timeouts,
         idle: upstream.pool.idle,
         guard: Some(guard),
         refusal: None,
         credential: credential.cloned(),
     });
-    if let Err(end) = hold(client, timer, &mut answer).await {
+    if let Err(end) = hold(client, timer, &mut answer, request.seam.is_some()).await {
         if matches!(end, End::ClientGone) && answer.status.is_success() && answer.meter.states_input() {
             // Nothing was shown yet, but the node may have said what the prompt cost.
             ctx.exchange.tally.usage = Some(answer.meter.usage(ctx.exchange.prompt_tokens()));
@@ -236,13 +257,32 @@ fn silent(class: Class, detail: impl Into<String>) -> End {
     End::Failed(Failure::silent(class, detail))
 }
 
-fn meter(ctx: &Ctx, target: &Target, stream: bool) -> Meter {
+fn meter(ctx: &Ctx, target: &Target, stream: bool, seam: Option<&Seam>) -> Meter {
     let call = ctx.exchange.call.as_ref();
     let kind = call.map_or(CallKind::Other, |c| c.kind);
     let dialect = target.upstream.dialect;
-    // The usage that only we asked for is taken out of what the client sees.
-    let view = call.map(|call| call.usage_view(asked(target))).unwrap_or_default();
-    if stream { Meter::stream(dialect, kind, view) } else { Meter::plain(dialect, kind) }
+    let mut meter = if stream {
+        // The usage that only we asked for is taken out of what the client sees.
+        let view = call.map(|call| call.usage_view(asked(target))).unwrap_or_default();
+        let on_malformed = ctx.route.as_ref().map_or(OnMalformed::Skip, |route| route.on_malformed);
+        let meter = Meter::stream(dialect, kind, view).on_malformed(on_malformed);
+        meter.answers(call.map_or(1, Call::answers))
+    } else {
+        Meter::plain(dialect, kind)
+    };
+    if let Some(name) = reported(ctx) {
+        meter = meter.reporting(name);
+    }
+    match seam.cloned().or_else(|| resume::seam(ctx).filter(|_| stream)) {
+        Some(seam) => meter.joined(seam),
+        None => meter,
+    }
+}
+
+/// The name that answers carry as their model, if it is not the target's.
+pub(crate) fn reported(ctx: &Ctx) -> Option<&str> {
+    ctx.exchange.model.as_ref().filter(|model| model.report_requested)?;
+    ctx.exchange.call.as_ref()?.model.as_deref()
 }
 
 /// Sends the request and reads the response header, informational ones aside.
@@ -295,7 +335,14 @@ async fn drain(ctx: &Ctx, mut up: HttpSession, peer: &HttpPeer, idle: Duration) 
 }
 
 /// Holds the answer back until it is clear that it is one.
-async fn hold(client: &mut Client<'_>, mut timer: Pin<&mut Sleep>, answer: &mut Answer) -> Result<(), End> {
+///
+/// `goes_on`: it is the rest of another one, which may be nothing but its end.
+async fn hold(
+    client: &mut Client<'_>,
+    mut timer: Pin<&mut Sleep>,
+    answer: &mut Answer,
+    goes_on: bool,
+) -> Result<(), End> {
     let timeouts = answer.timeouts;
     let patience = if answer.stream { timeouts.first_token.min(timeouts.total) } else { timeouts.total };
     let deadline = answer.dispatched + patience;
@@ -321,13 +368,18 @@ async fn hold(client: &mut Client<'_>, mut timer: Pin<&mut Sleep>, answer: &mut 
             if seen.error.is_some() {
                 return Err(failed(Class::ServerError, "an error in place of an answer"));
             }
-            if seen.malformed && !answer.meter.tokens_seen() {
-                return Err(failed(Class::ServerError, "the first event is malformed"));
+            if seen.malformed && (answer.stream || !is_array(&answer.held)) {
+                return Err(failed(Class::ServerError, "its beginning is malformed"));
+            }
+            if matches!(seen.stop, Some(Stop::Garbled)) {
+                return Err(failed(Class::ServerError, "a malformed event before the first token"));
             }
         }
         if answer.stream {
-            if seen.token || seen.progress {
+            answer.stop = seen.stop;
+            if seen.token || seen.progress || seen.stop.is_some() || (goes_on && answer.meter.done()) {
                 answer.last_token = Instant::now();
+                answer.quiet_since = answer.last_token;
                 return Ok(());
             }
             if answer.ended {
@@ -346,6 +398,12 @@ async fn hold(client: &mut Client<'_>, mut timer: Pin<&mut Sleep>, answer: &mut 
             }
         }
     }
+}
+
+/// Some servers answer with an array where others have an object.
+fn is_array(held: &[Bytes]) -> bool {
+    let first = held.iter().flat_map(|part| part.iter()).find(|byte| !byte.is_ascii_whitespace());
+    first == Some(&b'[')
 }
 
 /// Takes our credential out of an error that echoes it.

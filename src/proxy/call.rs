@@ -20,6 +20,7 @@ use tollgate_filters::usage::{Usage, UsageSource};
 
 use super::attempt::{self, Answer, Dispatch, End, Prompt};
 use super::leave::Client;
+use super::resume::Resume;
 use super::{Ctx, body, relay, reply};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
@@ -105,7 +106,7 @@ async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
 }
 
 /// How an attempt, or a wait between two, ended the call without an answer of an upstream.
-enum Stop {
+pub(super) enum Stop {
     /// Nothing more to try; this is what the client gets.
     Refuse(GatewayError),
     /// The client left.
@@ -115,9 +116,23 @@ enum Stop {
 /// An answer to relay, and where it comes from.
 struct Won {
     answer: Box<Answer>,
-    target: Target,
-    node: Arc<Node>,
-    credential: Option<Credential>,
+    from: Source,
+}
+
+/// Where an answer comes from.
+pub(crate) struct Source {
+    /// Place of the target in the model.
+    pub(super) index: usize,
+    /// The target.
+    pub(super) target: Target,
+    /// The node.
+    pub(super) node: Arc<Node>,
+    /// The credential, where the upstream has any.
+    pub(super) credential: Option<Credential>,
+    /// That the answer broke off was no fault of the node.
+    pub(super) blameless: bool,
+    /// Its failure has been told to all who must know.
+    pub(super) noted: bool,
 }
 
 async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
@@ -128,9 +143,12 @@ async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share:
     let won = win(&mut watched, ctx, &mut course, &mut request).await;
     match won {
         Ok(won) => {
-            // Nothing is sent again from here on: a large body is not held while the answer streams.
-            let prompt = request.prompt().filter(|_| !won.answer.meter.states_input());
-            relay_on(watched, ctx, won, prompt).await
+            let (resume, prompt) = match Resume::of(ctx, course, request, &won.answer) {
+                Ok(resume) => (Some(resume), None),
+                // Nothing is sent again from here on: a large body is not held while the answer streams.
+                Err(request) => (None, request.prompt().filter(|_| !won.answer.meter.states_input())),
+            };
+            relay_on(watched, ctx, won, prompt, resume).await
         }
         Err(Stop::ClientGone) => {
             note_prompt(ctx, request.body()).await;
@@ -182,7 +200,10 @@ async fn win(
             Ok(mut answer) => match answer.refusal.filter(|class| course.has_taker(index, *class)) {
                 None => {
                     target.upstream.succeeded(&node, credential.as_ref());
-                    return Ok(Won { answer, target, node, credential });
+                    return Ok(Won {
+                        answer,
+                        from: Source { index, target, node, credential, blameless: false, noted: false },
+                    });
                 }
                 Some(class) => {
                     unspent(ctx, began);
@@ -190,7 +211,8 @@ async fn win(
                     observe_attempt(ctx, &target.upstream, &node, class.into());
                     let failure = Failure::new(class, "refused; a further target may take it");
                     course.failed(index, &node, credential.as_ref(), failure);
-                    kept.get_or_insert(Won { answer, target, node, credential });
+                    let from = Source { index, target, node, credential, blameless: false, noted: false };
+                    kept.get_or_insert(Won { answer, from });
                 }
             },
             Err(End::ClientGone) => {
@@ -200,7 +222,8 @@ async fn win(
             }
             Err(End::Failed(failure)) => {
                 unspent(ctx, began);
-                note_failure(ctx, (&target, &node, credential.as_ref()), &failure, began.elapsed());
+                let outcome = failure.class.into();
+                note_failure(ctx, (&target, &node, credential.as_ref()), &failure, outcome, began.elapsed());
                 course.failed(index, &node, credential.as_ref(), failure);
             }
         }
@@ -228,7 +251,7 @@ async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
 }
 
 /// Waits before a node is asked again.
-async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
+pub(super) async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
     let gateway = Arc::clone(&ctx.gateway);
     let ended = tokio::select! {
         biased;
@@ -241,17 +264,24 @@ async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::r
 }
 
 /// Shows the answer; what becomes of it after its first token still tells of the node.
-async fn relay_on(client: Client<'_>, ctx: &mut Ctx, won: Won, prompt: Option<Prompt>) -> Outcome {
-    let Won { answer, target, node, credential } = won;
+async fn relay_on(
+    client: Client<'_>,
+    ctx: &mut Ctx,
+    won: Won,
+    prompt: Option<Prompt>,
+    resume: Option<Resume>,
+) -> Outcome {
+    let Won { answer, mut from } = won;
     let refused = answer.status.is_client_error();
     let began = answer.dispatched;
-    let outcome = relay::run(client, ctx, answer, prompt).await;
+    let outcome = relay::run(client, ctx, answer, &mut from, (prompt, resume)).await;
+    let Source { target, node, credential, blameless, noted, .. } = from;
     match outcome {
+        _ if noted => {}
+        Outcome::BrokenOff if blameless => observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError),
         Outcome::BrokenOff => {
             let failure = Failure::new(Class::ServerError, "broken off after its first token");
-            let out = target.upstream.failed(&node, credential.as_ref(), &failure, ctx.gateway.now());
-            ejected(ctx, &target.upstream, &node, out);
-            observe_attempt(ctx, &target.upstream, &node, Attempted::Broken);
+            note_failure(ctx, (&target, &node, credential.as_ref()), &failure, Attempted::Broken, began.elapsed());
         }
         Outcome::Answered if refused => observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError),
         Outcome::Answered => observe_attempt(ctx, &target.upstream, &node, Attempted::Ok),
@@ -266,11 +296,18 @@ async fn relay_on(client: Client<'_>, ctx: &mut Ctx, won: Won, prompt: Option<Pr
     outcome
 }
 
-fn note_failure(ctx: &Ctx, toward: (&Target, &Node, Option<&Credential>), failure: &Failure, took: Duration) {
+/// Tells all who must know that an attempt failed.
+pub(super) fn note_failure(
+    ctx: &Ctx,
+    toward: (&Target, &Node, Option<&Credential>),
+    failure: &Failure,
+    outcome: Attempted,
+    took: Duration,
+) {
     let (target, node, credential) = toward;
     let upstream = &*target.upstream;
     let out = upstream.failed(node, credential, failure, ctx.gateway.now());
-    observe_attempt(ctx, upstream, node, failure.class.into());
+    observe_attempt(ctx, upstream, node, outcome);
     tracing::info!(
         request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*upstream.name, node = &*node.name,
         credential = credential.map(|c| &*c.label), class = failure.class.as_str(), detail = %failure.detail,
@@ -290,14 +327,14 @@ fn ejected(ctx: &Ctx, upstream: &Upstream, node: &Node, out: bool) {
     }
 }
 
-fn marks(ctx: &Ctx) -> Marks {
+pub(super) fn marks(ctx: &Ctx) -> Marks {
     let call = ctx.exchange.call.as_ref();
     let session = call.and_then(|c| c.user.as_deref()).map(tollgate_filters::balance::session_mark);
     let turn = ctx.exchange.model.as_ref().and_then(|m| m.targets.first()).map_or(0, |t| t.upstream.next_turn());
     Marks { anchor: call.map_or(0, |c| c.anchor), session, random: rand::random(), turn }
 }
 
-fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
+pub(super) fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     let tally = &mut ctx.exchange.tally;
     if let (Some(failure), Some(from)) = (course.last(), &tally.upstream)
         && **from != *chosen.target.upstream.name
@@ -311,7 +348,7 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
     tally.target_model = Some(Arc::clone(&chosen.target.model));
 }
 
-fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
+pub(super) fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
     if let Some(handles) = ctx.runtime.node(&upstream.name, &node.name) {
         handles.attempted(outcome);
     }

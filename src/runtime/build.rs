@@ -17,8 +17,10 @@ use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
+use tollgate_filters::meter::OnMalformed;
 use tollgate_filters::meter::exact::Tokens;
 use tollgate_filters::meter::learned::Learned;
+use tollgate_filters::meter::seam::Way;
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
@@ -94,6 +96,7 @@ fn own(name: &str, deps: &Deps, chain: Chain) -> Route {
         body_bytes: None,
         lane: Lane::Own,
         on_abort: OnAbort::Cancel,
+        on_malformed: OnMalformed::Skip,
         metrics: deps.metrics.route(name),
     }
 }
@@ -290,6 +293,12 @@ fn models(
             },
             rules: Arc::new(RuleSet::new(Scope::Model, name, &written.limits)),
             price: written.price.as_ref().map(price),
+            resume: match written.resume {
+                config::Resume::Off => None,
+                config::Resume::Continue => Some(Way::Continue),
+                config::Resume::Replay => Some(Way::Replay),
+            },
+            report_requested: written.report_model == config::ReportModel::Requested,
         });
         for alias in &written.aliases {
             all.insert(alias.as_str().into(), Arc::clone(&model));
@@ -372,6 +381,10 @@ fn build_route(
             config::OnAbort::Cancel => OnAbort::Cancel,
             config::OnAbort::Drain(at_most) => OnAbort::Drain(at_most.0),
         },
+        on_malformed: match written.on_malformed {
+            config::OnMalformed::Skip => OnMalformed::Skip,
+            config::OnMalformed::End => OnMalformed::End,
+        },
         metrics: deps.metrics.route(&written.name),
     })
 }
@@ -385,6 +398,8 @@ fn nameless(upstream: &Arc<Upstream>, lessons: &mut Lessons<'_>) -> Model {
         retry: Retry::default(),
         rules: Arc::new(RuleSet::new(Scope::Model, "", &Limits::default())),
         price: None,
+        resume: None,
+        report_requested: false,
     }
 }
 

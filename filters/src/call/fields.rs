@@ -31,6 +31,7 @@ pub(super) fn parse(kind: CallKind, dialect: Dialect, body: &[u8]) -> Result<Cal
             include_usage: None,
             continuous_usage: None,
             n: 1,
+            batch: false,
             max_tokens: None,
             user: None,
             prompt: Default::default(),
@@ -98,6 +99,7 @@ impl<'a> Fields<'a> {
             "best_of" if self.call.kind == CallKind::Completion => self.answers(name, text)?,
             "max_tokens" if !dify => self.max_tokens = limit(name, text)?,
             "max_completion_tokens" | "max_output_tokens" if !dify => self.max_completion_tokens = limit(name, text)?,
+            "prompt" if self.call.kind == CallKind::Completion => self.call.batch = text.starts_with('['),
             "messages" if !dify => self.messages = Some(value),
             "response_mode" if dify => self.call.stream = text == "\"streaming\"",
             // The upstream judges what else `user` may be.

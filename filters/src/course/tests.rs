@@ -74,6 +74,8 @@ fn model(targets: Vec<Target>) -> Arc<Model> {
         retry: Retry { attempts: 4, jitter: false, ..Retry::default() },
         rules: Arc::new(RuleSet::new(Scope::Model, "chat", &Limits::default())),
         price: None,
+        resume: None,
+        report_requested: false,
     })
 }
 

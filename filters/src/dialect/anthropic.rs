@@ -13,10 +13,15 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
     if data.trim_ascii().is_empty() {
         return Reading::default();
     }
-    let Ok(body) = serde_json::from_str::<Body<'a>>(data) else { return Reading::malformed() };
+    let Ok(body) = serde_json::from_str::<Body<'a>>(data) else { return Reading::malformed(data) };
     let mut reading = Reading::default();
     match body.kind {
-        Kind::MessageStart => reading.found = body.message.and_then(|message| usage(message.usage)).map(Found::Begun),
+        Kind::MessageStart => {
+            if let Some(message) = body.message {
+                reading.found = usage(message.usage).map(Found::Begun);
+                reading.model = message.model.map(RawValue::get);
+            }
+        }
         Kind::ContentBlockStart => {
             if let Some(block) = body.content_block {
                 // A tool is named here; the block of a text only begins, mostly empty.
@@ -32,7 +37,8 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
         }
         Kind::MessageDelta => {
             reading.found = usage(body.usage).map(Found::Whole);
-            reading.finished = body.delta.and_then(|delta| delta.stop_reason).is_some_and(|reason| !is_blank(reason));
+            let stopped = body.delta.and_then(|delta| delta.stop_reason).is_some_and(|reason| !is_blank(reason));
+            reading.finished = u32::from(stopped);
         }
         Kind::MessageStop => reading.done = true,
         Kind::Error => reading.error = openai::error(body.error).or_else(|| Some(Default::default())),
@@ -94,6 +100,8 @@ struct Body<'a> {
 
 #[derive(Deserialize)]
 struct Message<'a> {
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
     #[serde(borrow)]
     usage: Option<&'a RawValue>,
 }
@@ -164,7 +172,7 @@ mod tests {
         let data = r#"{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":15}}"#;
         let reading = read(data);
         assert_eq!(reading.found, Some(Found::Whole(Counts { output: Some(15), ..Counts::default() })));
-        assert!(reading.finished && !reading.token);
+        assert!(reading.finished == 1 && !reading.token);
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
     if data.trim_ascii().is_empty() {
         return Reading::default();
     }
-    let Ok(body) = serde_json::from_str::<Body<'a>>(data) else { return Reading::malformed() };
+    let Ok(body) = serde_json::from_str::<Body<'a>>(data) else { return Reading::malformed(data) };
     let mut reading = Reading { progress: true, ..Reading::default() };
     match body.event {
         Kind::Message | Kind::AgentMessage | Kind::MessageReplace => add(&mut reading, body.answer),
@@ -33,12 +33,12 @@ pub fn read_event<'a>(_event: &Event, data: &'a str) -> Reading<'a> {
         Kind::MessageEnd => {
             // A chatflow's stream goes on with `workflow_finished`, but the answer is complete.
             reading.done = true;
-            reading.finished = true;
+            reading.finished = 1;
             reading.found = body.metadata.and_then(metadata_usage);
         }
         Kind::WorkflowFinished | Kind::WorkflowPaused => {
             reading.done = true;
-            reading.finished = true;
+            reading.finished = 1;
             if let Some(data) = body.data {
                 reading.found = data.total();
                 reading.error = data.failure();

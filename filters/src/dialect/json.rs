@@ -1,6 +1,9 @@
 //! A walk over JSON text that is already known to be well formed: no tree, no allocation, strings skipped at the speed of `memchr`.
 
+use std::fmt;
+
 use memchr::memchr2;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// How deep a request body may nest, the body itself included.
@@ -105,6 +108,81 @@ pub(crate) fn string(raw: Option<&RawValue>) -> Option<String> {
     serde_json::from_str(raw?.get()).ok()
 }
 
+/// An object whose members keep their order and their text. For what is rewritten seldom: it copies.
+#[derive(Debug, Default)]
+pub(crate) struct Object(Vec<(String, String)>);
+
+impl Object {
+    /// Takes an object apart; `None` if it is none.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+
+    /// Takes the objects of an array apart.
+    pub(crate) fn parse_all(text: &str) -> Option<Vec<Self>> {
+        serde_json::from_str(text).ok()
+    }
+
+    /// A member's value, as JSON.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Whether a member is there and says something.
+    pub(crate) fn speaks(&self, name: &str) -> bool {
+        self.get(name).is_some_and(|value| !matches!(value, "null" | "\"\"" | "[]" | "{}" | "false"))
+    }
+
+    /// Whether any member says something.
+    pub(crate) fn says_something(&self) -> bool {
+        self.0.iter().any(|(name, _)| self.speaks(name))
+    }
+
+    /// Gives a member another value, in its place; a new one comes last.
+    pub(crate) fn set(&mut self, name: &str, value: String) {
+        match self.0.iter_mut().find(|(known, _)| known == name) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((name.to_owned(), value)),
+        }
+    }
+
+    /// Takes a member out.
+    pub(crate) fn remove(&mut self, name: &str) {
+        self.0.retain(|(known, _)| known != name);
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("{")?;
+        for (place, (name, value)) in self.0.iter().enumerate() {
+            let comma = if place > 0 { "," } else { "" };
+            write!(f, "{comma}{}:{value}", serde_json::Value::from(name.as_str()))?;
+        }
+        f.write_str("}")
+    }
+}
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = Object;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
+                let mut members = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, &'de RawValue>()? {
+                    members.push((name, value.get().to_owned()));
+                }
+                Ok(Object(members))
+            }
+        }
+        deserializer.deserialize_map(Members)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,6 +222,17 @@ mod tests {
         assert_eq!(walk(deep(MAX_DEPTH + 1).as_bytes(), 0, &mut ()), Err(TooDeep));
         assert_eq!(walk(br#"{"a":"b\"#, 0, &mut ()), Ok(()));
         assert_eq!(walk(br#"]]]"\"#, 0, &mut ()), Ok(()));
+    }
+
+    #[test]
+    fn an_object_keeps_the_order_and_the_text_of_its_members() {
+        let mut object = Object::parse(r#"{ "b": [1.50, 2], "a" : {"x": null}, "c":"\u0041" }"#).unwrap();
+        object.set("a", "7".to_owned());
+        object.set("new \"one\"", "[]".to_owned());
+        object.remove("none");
+        assert_eq!(object.to_string(), r#"{"b":[1.50, 2],"a":7,"c":"\u0041","new \"one\"":[]}"#);
+        assert!(object.speaks("b") && !object.speaks("new \"one\"") && object.says_something());
+        assert!(Object::parse("[]").is_none());
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub fn read_event<'a>(event: &Event, data: &'a str) -> Reading<'a> {
     if data.trim_ascii().is_empty() {
         return Reading::default();
     }
-    let Ok(chunk) = serde_json::from_str::<Chunk<'a>>(data) else { return Reading::malformed() };
+    let Ok(chunk) = serde_json::from_str::<Chunk<'a>>(data) else { return Reading::malformed(data) };
     let named_error = event.name.as_deref() == Some(b"error");
     chunk.read(named_error.then_some(data))
 }
@@ -62,6 +62,8 @@ struct Chunk<'a> {
     delta: Option<&'a RawValue>,
     #[serde(borrow)]
     response: Option<&'a RawValue>,
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
 }
 
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
@@ -77,6 +79,7 @@ impl<'a> Chunk<'a> {
         }
         reading.found = usage(self.usage).or_else(|| timings(self.timings));
         reading.usage_member = self.usage.map(RawValue::get);
+        reading.model = self.model.map(RawValue::get);
         let choices = self.choices.unwrap_or_default();
         reading.only_usage = choices.count == 0
             && reading.error.is_none()
@@ -113,10 +116,11 @@ fn read_response_event<'a>(
         }
     }
     let body = response.and_then(|response| serde_json::from_str::<ResponseBody<'a>>(response.get()).ok());
+    reading.model = reading.model.or_else(|| body.as_ref()?.model.map(RawValue::get));
     match step {
         "completed" | "incomplete" => {
             reading.done = true;
-            reading.finished = true;
+            reading.finished = 1;
             reading.found = usage(body.and_then(|body| body.usage)).or(reading.found);
         }
         "failed" => {
@@ -131,6 +135,8 @@ fn read_response_event<'a>(
 #[derive(Deserialize)]
 struct ResponseBody<'a> {
     #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    #[serde(borrow)]
     usage: Option<&'a RawValue>,
     #[serde(borrow)]
     error: Option<&'a RawValue>,
@@ -141,7 +147,7 @@ struct ResponseBody<'a> {
 struct Choices<'a> {
     count: usize,
     token: bool,
-    finished: bool,
+    finished: u32,
     texts: SmallVec<[&'a str; 2]>,
 }
 
@@ -178,7 +184,7 @@ struct Delta<'a> {
 impl<'a> Choices<'a> {
     fn add(&mut self, choice: Choice<'a>) {
         self.count += 1;
-        self.finished |= choice.finish_reason.is_some_and(|reason| !is_blank(reason));
+        self.finished += u32::from(choice.finish_reason.is_some_and(|reason| !is_blank(reason)));
         self.add_text(choice.text);
         for delta in [choice.delta, choice.message].into_iter().flatten() {
             self.add_text(delta.content);
@@ -460,15 +466,39 @@ mod tests {
     #[test]
     fn ends_are_seen() {
         assert!(read("[DONE]").done);
-        assert!(read(r#"{"choices":[{"delta":{},"finish_reason":"length"}]}"#).finished);
+        assert!(read(r#"{"choices":[{"delta":{},"finish_reason":"length"}]}"#).finished == 1);
         assert!(read(r#"{"type":"response.completed","response":{}}"#).done);
         assert!(read(r#"{"type":"response.failed","response":{"error":{"message":"x"}}}"#).error.is_some());
     }
 
     #[test]
     fn what_is_not_an_object_is_malformed() {
-        for data in ["{", "5", "[1]", "nope", r#"{"choices":5}"#, r#"{"a":1} {"b":2}"#] {
-            assert!(read(data).malformed, "{data}");
+        for (data, garbled) in [
+            ("{", true),
+            ("5", false),
+            ("[1]", false),
+            ("nope", true),
+            (r#"{"choices":5}"#, false),
+            (r#"{"a":1} {"b":2}"#, true),
+        ] {
+            let reading = read(data);
+            assert!(reading.malformed, "{data}");
+            assert_eq!(reading.garbled, garbled, "{data}");
         }
+    }
+
+    #[test]
+    fn the_models_name_is_found_where_each_kind_of_event_has_it() {
+        let name = Some("\"m\"");
+        assert_eq!(read(r#"{"model":"m","choices":[]}"#).model, name);
+        assert_eq!(read(r#"{"type":"response.created","response":{"model":"m"}}"#).model, name);
+        assert_eq!(read(r#"{"choices":[{"delta":{"model":"m"}}]}"#).model, None);
+    }
+
+    #[test]
+    fn each_answer_that_ends_is_counted() {
+        let both = r#"{"choices":[{"index":0,"finish_reason":"stop"},{"index":1,"finish_reason":"length"}]}"#;
+        assert_eq!(read(both).finished, 2);
+        assert_eq!(read(r#"{"choices":[{"index":0,"finish_reason":null}]}"#).finished, 0);
     }
 }

@@ -1,5 +1,6 @@
 //! What one event or one answer says, whatever the dialect.
 
+use serde::de::IgnoredAny;
 use smallvec::SmallVec;
 
 /// What was read in one event or in one whole answer.
@@ -17,20 +18,25 @@ pub struct Reading<'a> {
     pub error: Option<StreamError>,
     /// It is the last event that the dialect knows.
     pub done: bool,
-    /// The model said why it stopped: the answer is complete even if no last event follows.
-    pub finished: bool,
+    /// How many answers the model ended here, saying why it stopped: they are complete even if no last event follows.
+    pub finished: u32,
     /// It is not what the dialect allows: not JSON, or not an object.
     pub malformed: bool,
+    /// It is not even JSON, so nobody can read it.
+    pub garbled: bool,
     /// It carries usage and nothing else.
     pub only_usage: bool,
     /// The raw value of its `usage` member, where one can be cut out.
     pub usage_member: Option<&'a str>,
+    /// The raw value of the member that names the model.
+    pub model: Option<&'a str>,
 }
 
 impl Reading<'_> {
     /// The reading of an event that could not be read.
-    pub fn malformed() -> Self {
-        Self { malformed: true, ..Self::default() }
+    pub fn malformed(data: &str) -> Self {
+        let garbled = serde_json::from_str::<IgnoredAny>(data).is_err();
+        Self { malformed: true, garbled, ..Self::default() }
     }
 }
 

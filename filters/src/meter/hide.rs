@@ -1,4 +1,4 @@
-//! Usage that we asked for, taken out of a stream again: a client that did not ask sees what it would have seen.
+//! What a client must not see of an event, taken out of it again: usage that only we asked for, the model's name at its upstream.
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -6,43 +6,66 @@ use smallvec::SmallVec;
 use crate::dialect::Reading;
 use crate::dialect::json::span;
 use crate::dialect::sse::Event;
+use crate::meter::UsageView;
 
-/// Sends on the event without its usage; an event that is nothing but usage is dropped.
-pub(super) fn forward(event: &Event, data: &Bytes, reading: &Reading<'_>, out: &mut SmallVec<[Bytes; 2]>) {
-    if reading.only_usage {
-        return;
+/// A place in the data, and what is to stand there.
+type Edit<'a> = ((usize, usize), &'a [u8]);
+
+/// The event as the client is to see it: with its share of the usage, and with `name`, a JSON string, as the model. `None` if nothing
+/// of it is left.
+pub(super) fn shown(
+    event: &Event,
+    data: &Bytes,
+    reading: &Reading<'_>,
+    view: UsageView,
+    name: Option<&Bytes>,
+) -> Option<Bytes> {
+    if reading.only_usage && view == UsageView::Nothing {
+        return None;
     }
-    let cut = reading.usage_member.and_then(|value| span(data, value)).and_then(|value| member(data, value));
-    match cut {
-        Some(cut) => out.push(edit(event, data, cut, b"")),
-        None => out.push(event.raw.clone()),
+    let mut edits: SmallVec<[Edit<'_>; 2]> = SmallVec::new();
+    let usage = reading.usage_member.and_then(|value| Some((value, span(data, value)?)));
+    match (view, usage) {
+        (UsageView::Nothing, Some((_, place))) => edits.extend(member(data, place).map(|place| (place, &b""[..]))),
+        (UsageView::AtEnd, Some((value, place))) if !reading.only_usage && value != "null" => {
+            edits.push((place, b"null"));
+        }
+        (UsageView::All | UsageView::AtEnd | UsageView::Nothing, _) => {}
     }
+    if let (Some(name), Some(value)) = (name, reading.model)
+        && value.as_bytes() != name
+    {
+        edits.extend(span(data, value).map(|place| (place, &**name)));
+    }
+    if edits.is_empty() {
+        return Some(event.raw.clone());
+    }
+    edits.sort_unstable_by_key(|(place, _)| *place);
+    Some(edit(event, data, &edits))
 }
 
-/// Sends on the event with `null` for its usage; only an event that is nothing but usage keeps it.
-pub(super) fn forward_null(event: &Event, data: &Bytes, reading: &Reading<'_>, out: &mut SmallVec<[Bytes; 2]>) {
-    let stated = reading.usage_member.filter(|value| !reading.only_usage && *value != "null");
-    match stated.and_then(|value| span(data, value)) {
-        Some(cut) => out.push(edit(event, data, cut, b"null")),
-        None => out.push(event.raw.clone()),
-    }
-}
-
-/// The event with a part of its data replaced.
-fn edit(event: &Event, data: &Bytes, (start, end): (usize, usize), text: &[u8]) -> Bytes {
-    let head = data.get(..start).unwrap_or_default();
-    let tail = data.get(end..).unwrap_or_default();
+/// The event with parts of its data replaced.
+fn edit(event: &Event, data: &Bytes, edits: &[Edit<'_>]) -> Bytes {
     if !event.whole {
-        return rebuild(event, &[head, text, tail].concat());
+        return rebuild(event, &splice(data, 0, edits));
     }
-    // The data is a slice of the event, so its offset there is the distance of their pointers.
+    // The data is a slice of the event, so its offset there is the distance of their pointers. One piece comes out: several would
+    // become as many small writes.
     let offset = (data.as_ptr() as usize).saturating_sub(event.raw.as_ptr() as usize);
-    // One piece: two would become two small writes.
-    let mut whole = Vec::with_capacity(event.raw.len() + text.len());
-    whole.extend_from_slice(event.raw.get(..offset + start).unwrap_or_default());
-    whole.extend_from_slice(text);
-    whole.extend_from_slice(event.raw.get(offset + end..).unwrap_or_default());
-    whole.into()
+    splice(&event.raw, offset, edits).into()
+}
+
+/// `whole` with its parts replaced; their places count from `offset`.
+fn splice(whole: &[u8], offset: usize, edits: &[Edit<'_>]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(whole.len() + edits.iter().map(|(_, text)| text.len()).sum::<usize>());
+    let mut at = 0;
+    for ((start, end), text) in edits {
+        out.extend_from_slice(whole.get(at..offset + start).unwrap_or_default());
+        out.extend_from_slice(text);
+        at = offset + end;
+    }
+    out.extend_from_slice(whole.get(at..).unwrap_or_default());
+    out
 }
 
 /// The member around a value: from its name to its value, with the one comma that must go with it.
@@ -60,7 +83,7 @@ fn member(data: &[u8], (start, end): (usize, usize)) -> Option<(usize, usize)> {
 }
 
 /// An event whose data stands in several lines, written anew with other data.
-fn rebuild(event: &Event, data: &[u8]) -> Bytes {
+pub(super) fn rebuild(event: &Event, data: &[u8]) -> Bytes {
     let mut text = Vec::with_capacity(event.raw.len() + 8);
     for line in event.raw.split(|byte| matches!(byte, b'\n' | b'\r')) {
         if !line.is_empty() && !line.starts_with(b"data") {
@@ -83,21 +106,20 @@ mod tests {
     use crate::dialect::openai::read_event;
     use crate::dialect::sse::Splitter;
 
-    type Forward = fn(&Event, &Bytes, &Reading<'_>, &mut SmallVec<[Bytes; 2]>);
-
     fn hidden(text: &str) -> String {
-        shown(text, forward)
+        seen(text, UsageView::Nothing, None)
     }
 
-    fn shown(text: &str, forward: Forward) -> String {
+    fn seen(text: &str, view: UsageView, name: Option<&'static str>) -> String {
+        let name = name.map(|name| Bytes::from_static(name.as_bytes()));
         let mut splitter = Splitter::default();
         splitter.push(Bytes::copy_from_slice(text.as_bytes()));
-        let mut out = SmallVec::new();
+        let mut out = Vec::new();
         while let Some(event) = splitter.next().unwrap() {
             match &event.data {
                 Some(data) => {
                     let reading = read_event(&event, std::str::from_utf8(data).unwrap());
-                    forward(&event, data, &reading, &mut out);
+                    out.extend(shown(&event, data, &reading, view, name.as_ref()));
                 }
                 None => out.push(event.raw),
             }
@@ -139,12 +161,23 @@ mod tests {
         let expected = "data: {\"choices\":[{}],\"usage\":null}\n\n\
             data: {\"usage\":null,\"choices\":[{}]}\r\n\r\n: hi\n\ndata: {\"choices\":[{}],\ndata: \"usage\":null}\n\n\
             data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1}}\n\ndata: [DONE]\n\n";
-        assert_eq!(shown(text, forward_null), expected);
+        assert_eq!(seen(text, UsageView::AtEnd, None), expected);
     }
 
     #[test]
     fn data_in_several_lines_is_written_anew() {
         let text = "event: x\ndata: {\"choices\":[{}],\ndata: \"usage\":null}\n\n";
         assert_eq!(hidden(text), "event: x\ndata: {\"choices\":[{}]}\n\n");
+    }
+
+    #[test]
+    fn the_model_gets_the_name_that_was_asked_for_and_nothing_else_changes() {
+        let text = "data: {\"id\":\"x\", \"model\" : \"Qwen/7B\",\"choices\":[{\"delta\":{\"content\":\"model\"}}],\"usage\":null}\r\n\r\n\
+            data: {\"choices\":[],\ndata: \"model\":\"Qwen/7B\"}\n\ndata: [DONE]\n\n";
+        let expected = "data: {\"id\":\"x\", \"model\" : \"chat\",\"choices\":[{\"delta\":{\"content\":\"model\"}}]}\r\n\r\n\
+            data: {\"choices\":[],\ndata: \"model\":\"chat\"}\n\ndata: [DONE]\n\n";
+        assert_eq!(seen(text, UsageView::Nothing, Some("\"chat\"")), expected);
+        let same = text.replace("Qwen/7B", "chat");
+        assert_eq!(seen(&same, UsageView::All, Some("\"chat\"")), same);
     }
 }

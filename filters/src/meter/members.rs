@@ -3,6 +3,7 @@
 
 use std::mem;
 
+use bytes::Bytes;
 use memchr::memchr2;
 use smallvec::SmallVec;
 
@@ -24,6 +25,27 @@ pub(super) struct Members {
     picking: Option<&'static str>,
     found: SmallVec<[(&'static str, String); 2]>,
     complete: bool,
+    /// What stands in for the value of `model`, as JSON.
+    name_of_model: Option<Bytes>,
+    naming: Option<Naming>,
+    /// Where the chunk at hand lies in memory, and the parts of that value in it.
+    chunk: usize,
+    cuts: SmallVec<[Cut; 1]>,
+}
+
+/// How far the value of `model` has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Naming {
+    Begins,
+    GoesOn,
+}
+
+/// A part of the value of `model` in the chunk at hand, and whether the value begins there.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    from: usize,
+    to: usize,
+    begins: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +77,16 @@ impl Members {
             picking: None,
             found: SmallVec::new(),
             complete: false,
+            name_of_model: None,
+            naming: None,
+            chunk: 0,
+            cuts: SmallVec::new(),
         }
+    }
+
+    /// From now on, [`feed`](Self::feed) gives the object with this, a JSON value, as its `model`.
+    pub(super) fn rename(&mut self, name: Bytes) {
+        self.name_of_model = Some(name);
     }
 
     /// Whether the object has ended.
@@ -68,7 +99,28 @@ impl Members {
         mem::take(&mut self.found)
     }
 
-    pub(super) fn feed(&mut self, chunk: &[u8]) {
+    /// Takes a chunk, and gives what is to be sent on: mostly the same.
+    pub(super) fn feed(&mut self, chunk: Bytes) -> Bytes {
+        self.read(&chunk);
+        let (cuts, Some(name)) = (mem::take(&mut self.cuts), &self.name_of_model) else { return chunk };
+        if cuts.is_empty() {
+            return chunk;
+        }
+        let mut out = Vec::with_capacity(chunk.len() + name.len());
+        let mut at = 0;
+        for cut in cuts {
+            out.extend_from_slice(chunk.get(at..cut.from).unwrap_or_default());
+            if cut.begins {
+                out.extend_from_slice(name);
+            }
+            at = cut.to;
+        }
+        out.extend_from_slice(chunk.get(at..).unwrap_or_default());
+        out.into()
+    }
+
+    fn read(&mut self, chunk: &[u8]) {
+        self.chunk = chunk.as_ptr() as usize;
         let mut rest = chunk;
         // Where the part of a picked value begins that lies in this chunk.
         let mut from = chunk;
@@ -147,6 +199,8 @@ impl Members {
         self.place = Place::Value;
         self.value.clear();
         self.picking = self.wanted.iter().copied().find(|wanted| wanted.as_bytes() == self.name);
+        let renamed = self.name_of_model.is_some() && self.name == b"model";
+        self.naming = renamed.then_some(Naming::Begins);
     }
 
     /// `at` begins with `byte`; both it and `from` reach to the end of the chunk.
@@ -167,6 +221,13 @@ impl Members {
     }
 
     fn pick(&mut self, part: &[u8]) {
+        if let Some(naming) = self.naming {
+            // Space behind the value stays where it is.
+            let from = (part.as_ptr() as usize).saturating_sub(self.chunk);
+            let to = from + part.trim_ascii_end().len();
+            self.cuts.push(Cut { from, to, begins: naming == Naming::Begins });
+            self.naming = Some(Naming::GoesOn);
+        }
         if self.picking.is_some() {
             if self.value.len() + part.len() > MAX_VALUE {
                 self.picking = None;
@@ -179,6 +240,7 @@ impl Members {
 
     fn end_value(&mut self) {
         self.place = Place::Name;
+        self.naming = None;
         if let Some(name) = self.picking.take()
             && let Ok(value) = String::from_utf8(mem::take(&mut self.value))
         {
@@ -205,7 +267,7 @@ mod tests {
         let mut members = Members::new(WANTED);
         let mut found = Vec::new();
         for chunk in chunks {
-            members.feed(chunk);
+            members.feed(Bytes::copy_from_slice(chunk));
             found.extend(members.take());
         }
         (found, members.complete())
@@ -236,6 +298,26 @@ mod tests {
         let (found, complete) = pick(&[text.as_bytes()]);
         assert!(complete);
         assert_eq!(found, [("usage", "1".to_owned())]);
+    }
+
+    fn renamed(chunks: &[&[u8]]) -> String {
+        let mut members = Members::new(WANTED);
+        members.rename(Bytes::from_static(b"\"chat\""));
+        let out: Vec<Bytes> = chunks.iter().map(|chunk| members.feed(Bytes::copy_from_slice(chunk))).collect();
+        assert!(members.complete());
+        String::from_utf8(out.concat()).unwrap()
+    }
+
+    const NAMED: &str =
+        r#"{ "id":"model", "model" : "Qwen, \"2.5\"}" ,"x":{"model":"inner"},"usage":{"model":1},"model":"m"}"#;
+
+    #[test]
+    fn only_the_model_of_the_top_level_gets_another_name() {
+        let expected = NAMED.replace(r#""Qwen, \"2.5\"}""#, r#""chat""#).replace(r#""m"}"#, r#""chat"}"#);
+        assert_eq!(renamed(&[NAMED.as_bytes()]), expected);
+        let bytes: Vec<&[u8]> = NAMED.as_bytes().chunks(1).collect();
+        let apart: serde_json::Value = serde_json::from_str(&renamed(&bytes)).unwrap();
+        assert_eq!(apart, serde_json::from_str::<serde_json::Value>(&expected).unwrap());
     }
 
     proptest! {

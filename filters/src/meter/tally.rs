@@ -19,6 +19,8 @@ pub(super) struct Tally {
     stated: Option<Counts>,
     /// Whether `stated` covers all output up to here.
     covers: bool,
+    /// Whether usage was stated in an event of its own, behind the end of the answer.
+    after_end: bool,
     /// The answer is one document, whose usage covers all of it wherever it stands.
     document: bool,
     /// Steps of a run, summed.
@@ -27,7 +29,8 @@ pub(super) struct Tally {
     total: Option<u64>,
     /// A run that used no model.
     free: bool,
-    pub(super) finished: bool,
+    /// How many answers have ended with a reason.
+    pub(super) finished: u32,
     pub(super) error: Option<StreamError>,
 }
 
@@ -48,6 +51,7 @@ impl Tally {
             Some(Found::Whole(counts)) => {
                 self.stated.get_or_insert_default().update(counts);
                 self.covers = true;
+                self.after_end |= self.finished > 0 && reading.finished == 0;
                 if let Some(output) = counts.output.filter(|output| *output > 0) {
                     self.base = (output, self.text.tokens());
                     self.kept.clear();
@@ -64,7 +68,7 @@ impl Tally {
             Some(Found::Free) => self.free = true,
             None => {}
         }
-        self.finished |= reading.finished;
+        self.finished = self.finished.saturating_add(reading.finished);
         if self.error.is_none() {
             self.error.clone_from(&reading.error);
         }
@@ -73,6 +77,11 @@ impl Tally {
     /// Whether a document has stated what it used, output included.
     pub(super) fn is_stated(&self) -> bool {
         self.document && self.covers && self.stated.is_some_and(|counts| counts.output.is_some_and(|n| n > 0))
+    }
+
+    /// Whether the usage of the call as a whole was stated, and nothing came since.
+    pub(super) fn is_covered(&self) -> bool {
+        self.covers && self.finished > 0 && self.after_end
     }
 
     pub(super) fn usage(&self, prompt_estimate: u64) -> Usage {
@@ -159,7 +168,7 @@ impl Tally {
     /// Takes out the text that is to be counted better, if there is any.
     pub(super) fn uncovered(&mut self) -> Option<Uncovered> {
         let all = self.since();
-        (all > 0).then(|| Uncovered::new(std::mem::take(&mut self.kept), all))
+        (all > 0 && self.exact.is_none()).then(|| Uncovered::new(std::mem::take(&mut self.kept), all))
     }
 
     /// A better count of what [`uncovered`](Self::uncovered) gave.

@@ -91,15 +91,82 @@ fn usage_that_was_not_asked_for_leaves_no_trace() {
 }
 
 #[test]
-fn a_chunk_is_forwarded_as_the_same_bytes_even_in_the_middle_of_an_event() {
-    let mut meter = chat(false);
-    let chunk = Bytes::from_static(b"data: {\"choi");
-    let seen = meter.feed(chunk.clone()).unwrap();
-    assert_eq!(seen.forward.len(), 1);
-    assert_eq!(seen.forward[0].as_ptr(), chunk.as_ptr());
-    let mut meter = chat(true);
-    assert!(meter.feed(chunk).unwrap().forward.is_empty());
-    assert_eq!(meter.finish().forward.concat(), b"data: {\"choi");
+fn the_whole_events_of_a_chunk_go_on_as_one_slice_of_it() {
+    for hide in [false, true] {
+        let mut meter = chat(hide);
+        let begun = "data: {\"choi";
+        let text = format!("{}{begun}", CHAT_WITHOUT_USAGE.strip_suffix("data: [DONE]\n\n").unwrap());
+        let chunk = Bytes::from(text.clone());
+        let seen = meter.feed(chunk.clone()).unwrap();
+        assert_eq!(seen.forward.len(), 1);
+        assert_eq!(seen.forward[0].as_ptr(), chunk.as_ptr());
+        assert_eq!(seen.forward[0], text.as_bytes()[..text.len() - begun.len()]);
+        assert!(meter.finish().forward.is_empty(), "an event that is cut off is not sent on");
+    }
+}
+
+#[test]
+fn an_event_that_only_lacks_its_blank_line_is_completed() {
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    for (tail, shown) in [
+        ("data: [DONE]", "data: [DONE]\n\n"),
+        ("data: [DONE]\n", "data: [DONE]\n\n"),
+        ("data: [DONE]\r", "data: [DONE]\r\n"),
+        ("data: {\"choices\":[]}\r\n\r", "data: {\"choices\":[]}\r\n\r"),
+        ("data: {\"choices\":[]", ""),
+        (": pi", ""),
+        ("data", ""),
+    ] {
+        let whole = chat_of(&format!("{event}{tail}"));
+        assert_eq!(String::from_utf8(whole.forward).unwrap(), format!("{event}{shown}"), "{tail:?}");
+    }
+}
+
+#[test]
+fn an_event_that_is_no_json_is_left_out_and_what_is_only_strange_passes() {
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    let strange = "data: {\"new\":{}}\n\ndata: [1]\n\ndata: \"x\"\n\n: comment\n\nevent: ping\n\n";
+    let text = format!("{event}data: {{\"choices\":[{{\"del\n\n{strange}data: <html>\n\n{event}");
+    let skipped = chat_of(&text);
+    assert_eq!(String::from_utf8(skipped.forward).unwrap(), format!("{event}{strange}{event}"));
+    let mut meter = chat(false).on_malformed(OnMalformed::End);
+    let seen = meter.feed(Bytes::from(text)).unwrap();
+    assert_eq!((seen.stop, seen.forward.concat()), (Some(Stop::Garbled), event.as_bytes().to_vec()));
+    assert!(meter.feed(Bytes::from(event)).unwrap().forward.is_empty(), "nothing follows");
+}
+
+#[test]
+fn a_failure_of_the_upstream_is_not_shown_and_a_refusal_of_the_request_is() {
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    for (status, stop) in [(500, Stop::Failed), (429, Stop::Failed), (400, Stop::Refused)] {
+        let error = format!("data: {{\"error\":{{\"message\":\"no\",\"code\":{status}}}}}\n\n");
+        let mut meter = chat(false);
+        let seen = meter.feed(Bytes::from(format!("{event}{error}{event}data: [DONE]\n\n"))).unwrap();
+        assert_eq!(seen.stop, Some(stop), "{status}");
+        let shown = if stop == Stop::Refused { format!("{event}{error}") } else { event.to_owned() };
+        assert_eq!(String::from_utf8(seen.forward.concat()).unwrap(), shown);
+        assert!(!seen.done && seen.error.is_some());
+    }
+}
+
+#[test]
+fn a_stream_is_complete_once_every_answer_has_ended() {
+    let end =
+        |index| format!("data: {{\"choices\":[{{\"index\":{index},\"delta\":{{}},\"finish_reason\":\"stop\"}}]}}\n\n");
+    let mut meter = chat(false).answers(2);
+    meter.feed(Bytes::from(end(0))).unwrap();
+    assert!(!meter.done());
+    meter.feed(Bytes::from(end(1))).unwrap();
+    assert!(meter.done() && !meter.is_stated());
+    let usage = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n";
+    meter.feed(Bytes::from(usage)).unwrap();
+    assert!(meter.is_stated());
+    assert_eq!(meter.last_event().unwrap(), "data: [DONE]\n\n");
+    let shown = meter.feed(Bytes::from("data: [DONE]\n\ndata: [DONE]\n\n")).unwrap().forward.concat();
+    assert_eq!((shown, meter.last_event()), (b"data: [DONE]\n\n".to_vec(), None));
+    let mut unknown = chat(false).answers(0);
+    unknown.feed(Bytes::from(end(0))).unwrap();
+    assert!(!unknown.done() && unknown.ended_well());
 }
 
 #[test]
@@ -423,6 +490,42 @@ fn ten_thousand_splits_give_the_same_bytes_when_usage_is_hidden() {
         let whole = run(chat(true), &[text.as_bytes()]);
         assert!(!String::from_utf8_lossy(&whole.forward).contains("usage"));
         every_split(text.as_bytes(), |chunks| assert_eq!(run(chat(true), chunks), whole));
+    }
+}
+
+/// What a client gets of a stream are its whole and valid events, however the bytes are cut and wherever they end.
+#[test]
+fn any_chunking_of_any_beginning_gives_the_whole_valid_events() {
+    let garbage = ["data: {\"choices\":[{\"del\n\n", "data: nope\r\n\r\n"];
+    let events: Vec<String> = CHAT
+        .split_inclusive("\n\n")
+        .enumerate()
+        .flat_map(|(turn, event)| match turn {
+            2 | 4 => vec![garbage[turn / 2 - 1].to_owned(), event.replace('\n', "\r\n")],
+            _ => vec![event.to_owned()],
+        })
+        .collect();
+    let text = events.concat();
+    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    for _ in 0..2_000 {
+        let end = rng.random_range(1..=text.len());
+        let mut expected = String::new();
+        let mut at = 0;
+        for event in &events {
+            at += event.len();
+            let valid = !garbage.contains(&event.as_str());
+            // The line feed behind a carriage return is not waited for at the very end.
+            if valid && at <= end {
+                expected.push_str(event);
+            }
+        }
+        let mut meter = chat(false);
+        let mut cuts: Vec<usize> = (0..rng.random_range(0..30)).map(|_| rng.random_range(0..=end)).collect();
+        let mut got = Vec::new();
+        for chunk in split(&text.as_bytes()[..end], &mut cuts) {
+            got.extend(meter.feed(Bytes::copy_from_slice(chunk)).unwrap().forward.concat());
+        }
+        assert_eq!(String::from_utf8(got).unwrap(), expected, "cut at {end}: {cuts:?}");
     }
 }
 

@@ -72,6 +72,16 @@ words! {
 }
 
 words! {
+    /// What came of a stream that another node was to finish.
+    Resumed {
+        /// Another node went on with it.
+        Resumed = "resumed",
+        /// None could.
+        Failed = "failed",
+    }
+}
+
+words! {
     /// When a client left.
     AbortPhase {
         /// While its request was being read.

@@ -15,7 +15,7 @@ const CONTRACT: &str = "tollgate_requests_total{route,model,key,code} · tollgat
     tollgate_store_duration_seconds{op} · tollgate_config_generation · tollgate_config_reloads_total{result} · \
     tollgate_config_last_reload_success · tollgate_streams_open · tollgate_client_aborts_total{phase} · \
     tollgate_build_info{version} · tollgate_access_log_dropped_total · tollgate_tokens_lost_total · \
-    tollgate_limit_refusals_repeated_total";
+    tollgate_limit_refusals_repeated_total · tollgate_resumes_total{model,result}";
 
 fn contract() -> BTreeMap<String, BTreeSet<String>> {
     CONTRACT
@@ -48,6 +48,7 @@ fn exercised() -> Metrics {
     node.ejected();
     node.prefix_hit();
     metrics.fallback("chat", "qwen", "openai", Attempted::ServerError);
+    metrics.resumed("chat", Resumed::Resumed);
     metrics.limit_decision("key", Dimension::RequestsPerMinute, Decision::Refused);
     metrics.set_reservations(2);
     metrics.set_store_up(true);

@@ -139,6 +139,10 @@ impl NodeApp {
             Ok(ask) => ask,
             Err(refusal) => return refusal.answer(visit.call),
         };
+        if ask.continues && visit.plan.no_continue {
+            let message = "`continue_final_message` is not supported by this model.";
+            return Refusal::invalid(message, Some("continue_final_message")).answer(visit.call);
+        }
         // Without a stream there is no first event: the error is the body.
         visit.plan.error_body |= visit.plan.error_event && !ask.stream;
         let Visit { call, peer, plan } = match early(visit).await {

@@ -31,6 +31,8 @@ pub(crate) struct Ask {
     /// Why the answer ends, in OpenAI's words.
     pub(crate) finish: &'static str,
     pub(crate) most_output: usize,
+    /// It goes on with a message that is begun.
+    pub(crate) continues: bool,
 }
 
 /// A call of the client's first tool.
@@ -53,6 +55,8 @@ struct Body {
     stop: Option<OneOrMany>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
+    continue_final_message: Option<bool>,
+    add_generation_prompt: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -77,7 +81,8 @@ enum OneOrMany {
 
 impl Ask {
     pub(crate) fn read(kind: Kind, body: &[u8], config: &NodeConfig) -> Result<Self, Refusal> {
-        let body: Body = serde_json::from_slice(body).map_err(|error| Refusal::invalid(&error.to_string(), None))?;
+        let mut body: Body =
+            serde_json::from_slice(body).map_err(|error| Refusal::invalid(&error.to_string(), None))?;
         let n = body.n.unwrap_or(1);
         if !(1..=128).contains(&n) {
             return Err(Refusal::invalid("`n` must be between 1 and 128.", Some("n")));
@@ -90,12 +95,21 @@ impl Ask {
         if limit == Some(0) {
             return Err(Refusal::invalid("`max_tokens` must be at least 1.", Some("max_tokens")));
         }
-        let prompt = match kind {
+        let begun = begun(&mut body)?;
+        let mut prompt = match kind {
             Kind::Chat => chat_prompt(body.messages.as_deref(), body.tools.as_deref())?,
             Kind::Text => text_prompt(body.prompt.as_ref())?,
         };
         let seed = xxh3_64(prompt.as_bytes());
-        let length = limit.unwrap_or(config.answer_tokens).min(config.longest_answer);
+        let skip = match &begun {
+            Some(begun) => words::tokens_in(seed, begun).ok_or_else(|| {
+                Refusal::invalid("The final message does not begin like an answer of this model.", Some("messages"))
+            })?,
+            None => 0,
+        };
+        prompt.push_str(begun.as_deref().unwrap_or_default());
+        let rest = config.answer_tokens.saturating_sub(skip);
+        let length = limit.unwrap_or(rest).min(config.longest_answer);
         let mut ask = Self {
             kind,
             model: body.model,
@@ -107,6 +121,7 @@ impl Ask {
             choices: Vec::with_capacity(n),
             finish: if limit == Some(length) { "length" } else { "stop" },
             most_output: length * n,
+            continues: begun.is_some(),
         };
         let from_user =
             body.messages.as_ref().and_then(|messages| messages.last()).is_some_and(|last| last.role == "user");
@@ -124,7 +139,7 @@ impl Ask {
             None => Vec::new(),
         };
         for choice in 0..n as u64 {
-            let mut tokens = words::answer(seed.wrapping_add(choice), length);
+            let mut tokens = words::answer(seed.wrapping_add(choice), skip + length).split_off(skip);
             if words::stop_at(&mut tokens, &stops) {
                 ask.finish = "stop";
             }
@@ -132,6 +147,20 @@ impl Ask {
         }
         Ok(ask)
     }
+}
+
+/// The answer that a request wants gone on with, taken off its messages.
+fn begun(body: &mut Body) -> Result<Option<String>, Refusal> {
+    if body.continue_final_message != Some(true) {
+        return Ok(None);
+    }
+    if body.add_generation_prompt != Some(false) {
+        let message = "`continue_final_message` needs `add_generation_prompt: false`.";
+        return Err(Refusal::invalid(message, Some("add_generation_prompt")));
+    }
+    let last = body.messages.as_mut().and_then(Vec::pop).filter(|last| last.role == "assistant");
+    let text = last.and_then(|last| last.content).as_ref().map(text_of);
+    text.map(Some).ok_or_else(|| Refusal::invalid("The final message is not one of the assistant.", Some("messages")))
 }
 
 /// The text the engine would see: tools, then each message as role and text, then the opening of the answer.

@@ -24,6 +24,16 @@ pub enum Fault {
     Cut(usize),
     /// `stall:N`: silence after N content chunks. A plain answer never comes.
     Stall(usize),
+    /// `error_after:N`: an error event after N content chunks, and the end.
+    ErrorAfter(usize),
+    /// `garbage:N`: an event that is no JSON behind N content chunks; the stream goes on.
+    Garbage(usize),
+    /// `no_done`: a stream ends without `[DONE]`.
+    NoDone,
+    /// `open_end`: after its usage a stream is silent: no `[DONE]`, no end.
+    OpenEnd,
+    /// `no_continue`: `continue_final_message` is refused with 400.
+    NoContinue,
     /// `no_usage`: the answer says nothing about usage, whatever was asked.
     NoUsage,
     /// `usage_zero`: usage is there, and all zero.
@@ -56,6 +66,11 @@ impl fmt::Display for Fault {
             Self::SlowUsage(by) => write!(f, "slow_usage:{}", by.as_millis()),
             Self::Cut(after) => write!(f, "cut:{after}"),
             Self::Stall(after) => write!(f, "stall:{after}"),
+            Self::ErrorAfter(after) => write!(f, "error_after:{after}"),
+            Self::Garbage(after) => write!(f, "garbage:{after}"),
+            Self::NoDone => f.write_str("no_done"),
+            Self::OpenEnd => f.write_str("open_end"),
+            Self::NoContinue => f.write_str("no_continue"),
             Self::NoUsage => f.write_str("no_usage"),
             Self::UsageZero => f.write_str("usage_zero"),
             Self::Malformed => f.write_str("malformed"),
@@ -83,7 +98,8 @@ impl fmt::Display for UnknownFault {
         write!(
             f,
             "no such fault: `{}` (known: refuse, 400..599[:retry-after=SECONDS], context_length, slow_header:MS, \
-             slow_token:MS, slow_usage:MS, cut:N, stall:N, no_usage, usage_zero, malformed, error_event, error_body, empty, crlf, comments)",
+             slow_token:MS, slow_usage:MS, cut:N, stall:N, error_after:N, garbage:N, no_done, \
+             open_end, no_continue, no_usage, usage_zero, malformed, error_event, error_body, empty, crlf, comments)",
             self.0
         )
     }
@@ -122,11 +138,16 @@ fn one(text: &str) -> Option<Fault> {
         "slow_usage" => return Some(Fault::SlowUsage(pause()?)),
         "cut" => return Some(Fault::Cut(number()?)),
         "stall" => return Some(Fault::Stall(number()?)),
+        "error_after" => return Some(Fault::ErrorAfter(number()?)),
+        "garbage" => return Some(Fault::Garbage(number()?)),
         _ => {}
     }
     let fault = match word {
         "refuse" => Fault::Refuse,
         "context_length" => Fault::ContextLength,
+        "no_done" => Fault::NoDone,
+        "open_end" => Fault::OpenEnd,
+        "no_continue" => Fault::NoContinue,
         "no_usage" => Fault::NoUsage,
         "usage_zero" => Fault::UsageZero,
         "malformed" => Fault::Malformed,
@@ -151,6 +172,11 @@ pub(crate) struct Plan {
     pub(crate) slow_usage: Option<Duration>,
     pub(crate) cut: Option<usize>,
     pub(crate) stall: Option<usize>,
+    pub(crate) error_after: Option<usize>,
+    pub(crate) garbage: Option<usize>,
+    pub(crate) no_done: bool,
+    pub(crate) open_end: bool,
+    pub(crate) no_continue: bool,
     pub(crate) no_usage: bool,
     pub(crate) usage_zero: bool,
     pub(crate) malformed: bool,
@@ -172,6 +198,11 @@ impl Plan {
             Fault::SlowUsage(by) => self.slow_usage = Some(*by),
             Fault::Cut(after) => self.cut = Some(*after),
             Fault::Stall(after) => self.stall = Some(*after),
+            Fault::ErrorAfter(after) => self.error_after = Some(*after),
+            Fault::Garbage(after) => self.garbage = Some(*after),
+            Fault::NoDone => self.no_done = true,
+            Fault::OpenEnd => self.open_end = true,
+            Fault::NoContinue => self.no_continue = true,
             Fault::NoUsage => self.no_usage = true,
             Fault::UsageZero => self.usage_zero = true,
             Fault::Malformed => self.malformed = true,
@@ -220,6 +251,11 @@ mod tests {
             "slow_usage:100",
             "cut:3",
             "stall:0",
+            "error_after:3",
+            "garbage:2",
+            "no_done",
+            "open_end",
+            "no_continue",
             "no_usage",
             "usage_zero",
             "malformed",

@@ -226,10 +226,21 @@ impl Script {
         if self.plan.stall == Some(step) || (step == last && self.plan.stall.is_some()) {
             return vec![Step::Stall];
         }
-        if step == last {
-            return self.ending();
+        let failing = self.plan.error_after.map(|after| after.min(last));
+        if failing.is_some_and(|after| step >= after) {
+            let error = Refusal::status(500, None).body().to_string();
+            let event = Step::event(self.plan.event(error.as_bytes()));
+            return if failing == Some(step) { vec![event] } else { Vec::new() };
         }
-        let mut steps = vec![Step::Decode];
+        let mut steps = Vec::new();
+        if self.plan.garbage.map(|after| after.min(last)) == Some(step) {
+            steps.push(Step::event(self.plan.event(br#"{"id":"chatcmpl-broken","choices":[{"index":0,"delta":"#)));
+        }
+        if step == last {
+            steps.extend(self.ending());
+            return steps;
+        }
+        steps.push(Step::Decode);
         for (index, tokens) in self.ask.choices.iter().enumerate() {
             if let Some(token) = tokens.get(step) {
                 let base = Choice { index, ..Choice::default() };
@@ -271,7 +282,11 @@ impl Script {
             let chunk = self.document(object, Vec::new(), Some(Some(self.usage(usize::MAX))));
             steps.push(Step::event(self.plan.event(&chunk)));
         }
-        steps.push(Step::event(self.plan.event(b"[DONE]")));
+        if self.plan.open_end {
+            steps.push(Step::Stall);
+        } else if !self.plan.no_done {
+            steps.push(Step::event(self.plan.event(b"[DONE]")));
+        }
         steps
     }
 }

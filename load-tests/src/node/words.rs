@@ -97,6 +97,15 @@ pub(crate) fn answer(seed: u64, tokens: usize) -> Vec<&'static str> {
         .collect()
 }
 
+/// How many tokens a beginning of an answer has; `None` if the answer does not begin so, or not with whole tokens.
+pub(crate) fn tokens_in(seed: u64, begun: &str) -> Option<usize> {
+    let mut left = begun;
+    // No token is shorter than a byte.
+    let all = answer(seed, begun.len());
+    let count = all.iter().take_while(|token| left.strip_prefix(**token).map(|rest| left = rest).is_some()).count();
+    left.is_empty().then_some(count)
+}
+
 /// Ends the answer before the first of the stop texts; true if there was one.
 pub(crate) fn stop_at(tokens: &mut Vec<&'static str>, stops: &[String]) -> bool {
     let text = tokens.concat();
@@ -124,6 +133,13 @@ mod tests {
         assert_eq!(answer(7, 50)[..20], answer(7, 20));
         assert_ne!(answer(7, 50), answer(8, 50));
         assert!(answer(7, 200).iter().all(|token| !token.is_empty()));
+    }
+
+    #[test]
+    fn the_beginning_of_an_answer_is_known_again() {
+        assert_eq!(tokens_in(7, &answer(7, 20).concat()), Some(20));
+        assert_eq!(tokens_in(7, ""), Some(0));
+        assert_eq!(tokens_in(7, "something else"), None);
     }
 
     #[test]

@@ -18,8 +18,6 @@ pub(in crate::config) struct Lack {
 enum When {
     /// It is written, and not as off.
     Asked,
-    /// It is one of these words.
-    Says(&'static [&'static str]),
     /// It is asked for and its neighbour is absent or empty.
     Without(&'static str),
     /// It is asked for and its neighbour is there.
@@ -38,7 +36,7 @@ enum Risk {
 }
 
 use Risk::{Partly, Refuse, Warn};
-use When::{Asked, Beside, Says, Without};
+use When::{Asked, Beside, Without};
 
 const fn lack(path: &'static str, when: When, risk: Risk, hint: &'static str) -> Lack {
     Lack { path, when, risk, hint }
@@ -49,7 +47,6 @@ const fn lack(path: &'static str, when: When, risk: Risk, hint: &'static str) ->
 pub(in crate::config) const LACKS: &[Lack] = &[
     lack("auth.jwt", Asked, Refuse, "callers are recognised by `keys`"),
     lack("upstreams.*.discover", Without("nodes"), Refuse, "list the nodes under `nodes`"),
-    lack("models.*.resume", Says(&["continue", "replay"]), Refuse, "write `resume: off`: a broken stream ends with an error event"),
 
     lack("server.runtime_dir", Asked, Warn, "there is no upgrade socket to put there"),
     lack("upstreams.*.discover", Beside("nodes"), Warn, "only the nodes under `nodes` get calls"),
@@ -57,7 +54,6 @@ pub(in crate::config) const LACKS: &[Lack] = &[
     lack("upstreams.*.engine", Asked, Partly, "vLLM is asked for usage with every event, but no node is polled; load is what this gateway has in flight"),
     lack("upstreams.*.budget", Asked, Warn, "the provider's own 429 is what holds calls back"),
     lack("upstreams.*.pool.queue", Asked, Warn, "calls are refused at once while every node is full"),
-    lack("models.*.targets.[].continues", Asked, Warn, "a broken stream ends with an error event"),
     lack("routes.[].filters.cache", Asked, Warn, "every call is answered by a node"),
 ];
 
@@ -68,7 +64,6 @@ impl When {
     fn holds(&self, holder: &Tree, value: &Tree) -> bool {
         match self {
             Asked => asked(value),
-            Says(words) => matches!(&value.value, Value::Text(text) if words.contains(&text.as_str())),
             Without(neighbour) => asked(value) && !has(holder, neighbour),
             Beside(neighbour) => asked(value) && has(holder, neighbour),
         }
@@ -112,13 +107,9 @@ impl Lack {
             here = here.into_iter().flat_map(|(at, _, tree)| below(&at, tree, step)).collect();
         }
         let named = self.path.rsplit('.').find(|step| !matches!(*step, "[]" | "*")).unwrap_or(self.path);
-        let subject = |value: &Tree| match (&self.when, &value.value) {
-            (Says(_), Value::Text(word)) => format!("{named}: {word}"),
-            _ => named.to_owned(),
-        };
         here.into_iter()
             .filter(|(_, holder, value)| self.when.holds(holder, value))
-            .map(|(at, _, value)| (at, subject(value)))
+            .map(|(at, _, _)| (at, named.to_owned()))
             .collect()
     }
 }
