@@ -137,16 +137,34 @@ impl Upstream {
                     node.state.limited.until(now + told.min(LONGEST_REST));
                 }
                 let in_a_row = node.state.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-                let Some(eject) = self.eject else { return false };
-                let again = node.state.ejected.admits(now) != Admits::Freely;
-                if !again && (in_a_row < eject.after || !self.may_lose_one(&eject, now)) {
-                    return false;
-                }
-                node.state.ejected.until(now + eject.period);
-                !again
+                self.eject(node, in_a_row, now)
             }
             Class::ContextLength | Class::ContentFilter => false,
         }
+    }
+
+    /// Notes that an answer was relayed to its end.
+    pub fn finished(&self, node: &Node) {
+        node.state.broken_in_a_row.store(0, Ordering::Relaxed);
+    }
+
+    /// Notes that an answer broke off after its beginning, which had looked like a success. True if the node was taken out
+    /// by it.
+    pub fn broke_off(&self, node: &Node, now: Duration) -> bool {
+        node.state.failures.fetch_add(1, Ordering::Relaxed);
+        let in_a_row = node.state.broken_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        self.eject(node, in_a_row, now)
+    }
+
+    /// Takes a node out if it has failed that often and others are left; one that failed while it was out rests anew.
+    fn eject(&self, node: &Node, in_a_row: u32, now: Duration) -> bool {
+        let Some(eject) = self.eject else { return false };
+        let again = node.state.ejected.admits(now) != Admits::Freely;
+        if !again && (in_a_row < eject.after || !self.may_lose_one(&eject, now)) {
+            return false;
+        }
+        node.state.ejected.until(now + eject.period);
+        !again
     }
 
     /// Whether one node more may be taken out. A node that is alone may: whether it is passed over then, the plan of
@@ -281,6 +299,8 @@ pub struct NodeState {
     failures: AtomicU64,
     /// Failures since the last success.
     in_a_row: AtomicU32,
+    /// Answers that broke off since the last whole one: each had begun like a success.
+    broken_in_a_row: AtomicU32,
     /// Its rest after too many of them.
     pub ejected: Arc<Rest>,
     /// Its rest because it asked for it.
@@ -470,6 +490,21 @@ mod tests {
         assert_eq!(own.nodes[0].state.admits(12 * SECOND), Admits::NotBefore(21 * SECOND));
         assert!(own.succeeded(&own.nodes[0], None));
         assert_eq!(own.nodes[0].state.admits(12 * SECOND), Admits::Freely);
+    }
+
+    #[test]
+    fn a_node_whose_answers_break_off_is_taken_out_though_they_began_well() {
+        let own = upstream(2, 0);
+        let begun_and_broken = |now| {
+            own.succeeded(&own.nodes[0], None);
+            own.broke_off(&own.nodes[0], now)
+        };
+        assert!(!begun_and_broken(SECOND) && !begun_and_broken(SECOND));
+        own.finished(&own.nodes[0]);
+        assert!(!begun_and_broken(SECOND) && !begun_and_broken(SECOND) && begun_and_broken(SECOND));
+        // Its rest over it begins well again, and breaks off: that is enough until an answer was whole.
+        assert!(begun_and_broken(20 * SECOND));
+        assert_eq!(own.nodes[0].state.failures(), 6);
     }
 
     #[test]

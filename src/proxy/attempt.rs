@@ -321,8 +321,10 @@ async fn hold(client: &mut Client<'_>, mut timer: Pin<&mut Sleep>, answer: &mut 
             if seen.error.is_some() {
                 return Err(failed(Class::ServerError, "an error in place of an answer"));
             }
-            if seen.malformed && !answer.meter.tokens_seen() {
-                return Err(failed(Class::ServerError, "the first event is malformed"));
+            // Of a plain answer nothing was shown yet, whatever tokens it had.
+            if seen.malformed && (!answer.stream || !answer.meter.tokens_seen()) {
+                let what = if answer.stream { "the first event is malformed" } else { "the answer is malformed" };
+                return Err(failed(Class::ServerError, what));
             }
         }
         if answer.stream {

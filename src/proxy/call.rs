@@ -14,7 +14,7 @@ use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::Target;
-use tollgate_filters::retry::{Class, Failure};
+use tollgate_filters::retry::Failure;
 use tollgate_filters::upstream::{Credential, Node, Upstream};
 use tollgate_filters::usage::{Usage, UsageSource};
 
@@ -162,7 +162,7 @@ async fn win(
                 pause(client, ctx, wait).await?;
                 continue;
             }
-            Step::Over(error) => return kept.ok_or(Stop::Refuse(error)),
+            Step::Over(error) => return kept.map(|first| stands(ctx, first)).ok_or(Stop::Refuse(error)),
         };
         note(ctx, course, &chosen);
         let Chosen { index, target, node, credential, guard, probes } = chosen;
@@ -182,6 +182,13 @@ async fn win(
             Ok(mut answer) => match answer.refusal.filter(|class| course.has_taker(index, *class)) {
                 None => {
                     target.upstream.succeeded(&node, credential.as_ref());
+                    // A further target that refuses as well has nothing to add to the first refusal.
+                    if let Some(first) = kept.take_if(|_| answer.status.is_client_error()) {
+                        unspent(ctx, began);
+                        let outcome = answer.refusal.map_or(Attempted::ClientError, Attempted::from);
+                        observe_attempt(ctx, &target.upstream, &node, outcome);
+                        return Ok(stands(ctx, first));
+                    }
                     return Ok(Won { answer, target, node, credential });
                 }
                 Some(class) => {
@@ -206,6 +213,12 @@ async fn win(
         }
         drop(probes);
     }
+}
+
+/// The refusal that was kept is the answer after all, and is told as the one of its own target.
+fn stands(ctx: &mut Ctx, first: Won) -> Won {
+    told_as(ctx, &first.target, &first.node);
+    first
 }
 
 /// The attempt cost no tokens.
@@ -248,13 +261,15 @@ async fn relay_on(client: Client<'_>, ctx: &mut Ctx, won: Won, prompt: Option<Pr
     let outcome = relay::run(client, ctx, answer, prompt).await;
     match outcome {
         Outcome::BrokenOff => {
-            let failure = Failure::new(Class::ServerError, "broken off after its first token");
-            let out = target.upstream.failed(&node, credential.as_ref(), &failure, ctx.gateway.now());
+            let out = target.upstream.broke_off(&node, ctx.gateway.now());
             ejected(ctx, &target.upstream, &node, out);
             observe_attempt(ctx, &target.upstream, &node, Attempted::Broken);
         }
         Outcome::Answered if refused => observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError),
-        Outcome::Answered => observe_attempt(ctx, &target.upstream, &node, Attempted::Ok),
+        Outcome::Answered => {
+            target.upstream.finished(&node);
+            observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
+        }
         Outcome::ClientGone | Outcome::CutOff => {
             observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
         }
@@ -305,10 +320,16 @@ fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
         ctx.gateway.metrics.fallback(&course.model().name, from, &chosen.target.upstream.name, failure.class.into());
     }
     tally.attempts = course.attempts();
-    tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
-    tally.node = Some(Arc::clone(&chosen.node.name));
-    ctx.exchange.target = Some(chosen.target.clone());
-    tally.target_model = Some(Arc::clone(&chosen.target.model));
+    told_as(ctx, &chosen.target, &chosen.node);
+}
+
+/// Headers and log tell the answer as one of this target and node.
+fn told_as(ctx: &mut Ctx, target: &Target, node: &Node) {
+    let tally = &mut ctx.exchange.tally;
+    tally.upstream = Some(Arc::clone(&target.upstream.name));
+    tally.node = Some(Arc::clone(&node.name));
+    tally.target_model = Some(Arc::clone(&target.model));
+    ctx.exchange.target = Some(target.clone());
 }
 
 fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {
