@@ -126,8 +126,10 @@ async fn is_clean(gw: &Gateway) {
 
 /// No attempt goes on at the node; gives the requests in the order of their arrival.
 async fn ended(node: &Node) -> Vec<Recorded> {
-    eventually("every request to end at the node", || async { node.requests().iter().all(|seen| seen.ended.is_some()) })
-        .await;
+    eventually("every request to end at the node", || async {
+        node.requests().iter().all(|seen| seen.ended.is_some())
+    })
+    .await;
     node.requests()
 }
 

@@ -58,6 +58,9 @@ pub struct Eject {
 /// An upstream that asks for a longer rest of a node than this does not get it: a node of our own knows no hours.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
+/// Rest of a node that answers 429 again and again and names no time.
+const BUSY_REST: Duration = Duration::from_secs(1);
+
 /// Which credential takes an attempt.
 #[derive(Debug)]
 pub enum Key {
@@ -108,6 +111,7 @@ impl Upstream {
             credential.state.refused.store(false, Ordering::Relaxed);
         }
         node.state.limited.over();
+        node.state.limited_in_a_row.store(0, Ordering::Relaxed);
         node.state.in_a_row.store(0, Ordering::Relaxed);
         node.state.ejected.over()
     }
@@ -122,12 +126,12 @@ impl Upstream {
                         credential.state.refused.store(failure.class == Class::Auth, Ordering::Relaxed);
                         credential.state.rest.until(now + self.cooldown.max(told.unwrap_or_default()));
                     }
-                    // A node of ours that names no time is busy now, and who knows in a moment.
-                    None => {
-                        if let Some(told) = told {
+                    None => match told {
+                        Some(told) => {
                             node.state.limited.until(now + told.min(LONGEST_REST));
                         }
-                    }
+                        None => self.busy(node, now),
+                    },
                 }
                 false
             }
@@ -140,6 +144,18 @@ impl Upstream {
                 self.eject(node, in_a_row, now)
             }
             Class::ContextLength | Class::ContentFilter => false,
+        }
+    }
+
+    /// A node of ours that names no time is busy now, and who knows in a moment. One that keeps saying so, and has the fewest
+    /// calls because of it, would draw all of them: it is left alone for a moment, while there are others.
+    fn busy(&self, node: &Node, now: Duration) {
+        let in_a_row = node.state.limited_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let free = |other: &&Arc<Node>| {
+            !std::ptr::eq(Arc::as_ptr(other), node) && other.weight > 0 && other.state.admits(now) == Admits::Freely
+        };
+        if self.eject.is_some_and(|eject| in_a_row >= eject.after) && self.nodes.iter().any(|other| free(&other)) {
+            node.state.limited.until(now + BUSY_REST);
         }
     }
 
@@ -299,6 +315,8 @@ pub struct NodeState {
     failures: AtomicU64,
     /// Failures since the last success.
     in_a_row: AtomicU32,
+    /// Answers of 429 that named no time, since the last success.
+    limited_in_a_row: AtomicU32,
     /// Answers that broke off since the last whole one: each had begun like a success.
     broken_in_a_row: AtomicU32,
     /// Its rest after too many of them.
@@ -526,6 +544,21 @@ mod tests {
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
         own.failed(&own.nodes[0], None, &limited(Some(3600 * SECOND)), SECOND);
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(61 * SECOND));
+    }
+
+    #[test]
+    fn a_node_of_ours_that_keeps_saying_429_rests_for_a_moment_while_there_are_others() {
+        let own = upstream(2, 0);
+        let limited = |node: usize, now| own.failed(&own.nodes[node], None, &Failure::new(Class::RateLimited, ""), now);
+        assert!(!limited(0, SECOND) && !limited(0, SECOND));
+        own.succeeded(&own.nodes[0], None);
+        assert!(!limited(0, SECOND) && !limited(0, SECOND));
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::Freely);
+        assert!(!limited(0, SECOND));
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
+        assert!((0..9).all(|_| !limited(1, SECOND)));
+        assert_eq!(own.nodes[1].state.admits(SECOND), Admits::Freely, "no other is left");
+        assert_eq!(own.nodes[0].state.failures() + own.nodes[1].state.failures(), 0);
     }
 
     #[test]

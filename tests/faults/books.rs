@@ -101,7 +101,7 @@ async fn an_outage_is_not_multiplied() {
 /// The same with the node being taken out: nobody sees anything of it.
 #[tokio::test]
 async fn a_bad_node_of_two_costs_no_call() {
-    for what in ["503", "refuse", "429:retry-after=1"] {
+    for what in ["503", "refuse", "429:retry-after=1", "429"] {
         let (sick, good) = (node("qwen").await, node("qwen").await);
         breaks(&sick, what);
         let gw = gateway(&[&sick, &good], "eject: { after: 3, for: 10s }").await;

@@ -55,8 +55,7 @@ async fn a_stream_that_stalls_after_20_tokens() {
 /// Of a plain answer the client has seen nothing when it breaks: another node gives it whole.
 #[tokio::test]
 async fn a_plain_answer_that_breaks_off_or_stalls() {
-    for (what, wait, status, code) in
-        [("cut:40", 0, 502, "upstream_error"), ("stall:20", 700, 504, "upstream_timeout")]
+    for (what, wait, status, code) in [("cut:40", 0, 502, "upstream_error"), ("stall:20", 700, 504, "upstream_timeout")]
     {
         let (sick, good) = (node("qwen").await, node("qwen").await);
         breaks(&sick, what);

@@ -70,7 +70,11 @@ async fn a_primary_that_is_down_for_a_while_and_comes_back() {
     assert!(after[back..].iter().all(|(_, by)| by == "near"));
     assert_eq!(up().await, 1.0);
     let state = node_state(&gw, "near", &near).await;
-    assert_eq!((&state["up"], &state["ejected"], &state["rests_for"]), (&json!(true), &json!(false), &json!(0.0)), "{state}");
+    assert_eq!(
+        (&state["up"], &state["ejected"], &state["rests_for"]),
+        (&json!(true), &json!(false), &json!(0.0)),
+        "{state}"
+    );
     is_clean(&gw).await;
 }
 

@@ -138,7 +138,14 @@ async fn a_thousand_clients_at_random() {
         .llm();
     let gw = Arc::new(Gateway::with(&conf).await);
     let faults = [
-        "500", "429:retry-after=1", "refuse", "slow_header:60000", "slow_token:300", "cut:5", "stall:5", "error_event",
+        "500",
+        "429:retry-after=1",
+        "refuse",
+        "slow_header:60000",
+        "slow_token:300",
+        "cut:5",
+        "stall:5",
+        "error_event",
     ];
     let mut rng = Rng::new(1000);
     // Of three nodes one is always broken, each in turn and each time in another way.

@@ -139,7 +139,8 @@ async fn provider(refused: &'static [&'static str], status: &'static str) -> (Ra
 async fn with_keys(node: &RawNode, more: &str) -> Gateway {
     let keys = ["sk-a", "sk-b"].map(|key| format!("{key}-0123456789")).join(", ");
     let more = format!("credentials: [{keys}]{more}");
-    Gateway::with(&Conf::new().upstream("far", &[node.url()], &more).model("chat", &[("far", "gpt")], RETRY).llm()).await
+    Gateway::with(&Conf::new().upstream("far", &[node.url()], &more).model("chat", &[("far", "gpt")], RETRY).llm())
+        .await
 }
 
 async fn credentials(gw: &Gateway) -> Vec<String> {
@@ -234,9 +235,14 @@ mod runs {
     /// Whether a run was begun or not cannot be known: it must not be begun again.
     #[tokio::test]
     async fn a_run_that_may_have_begun_is_not_begun_again() {
-        for (what, status) in
-            [("500", 502), ("503", 502), ("refuse", 502), ("slow_header:60000", 504), ("cut:0", 502), ("slow_token:60000", 504)]
-        {
+        for (what, status) in [
+            ("500", 502),
+            ("503", 502),
+            ("refuse", 502),
+            ("slow_header:60000", 504),
+            ("cut:0", 502),
+            ("slow_token:60000", 504),
+        ] {
             for mode in ["streaming", "blocking"] {
                 let (one, two) = (app().await, app().await);
                 one.set_fault(Some(fault(what)));

@@ -24,11 +24,8 @@ async fn each_credential_is_refused_once_and_then_left_alone() {
         let first = ask(&gw, &body).await;
         is_error(&first, 429, "upstream_rate_limited");
         attempts_told(&first, 3);
-        let keys: std::collections::BTreeSet<String> = far
-            .requests()
-            .iter()
-            .map(|seen| seen.header("authorization").expect("a credential").to_owned())
-            .collect();
+        let keys: std::collections::BTreeSet<String> =
+            far.requests().iter().map(|seen| seen.header("authorization").expect("a credential").to_owned()).collect();
         assert_eq!(keys.len(), 3, "each was tried: {keys:?}");
         let (gw, body) = (&gw, &body);
         for told in at_once(10, (0..50).map(|_| ask(gw, body))).await {

@@ -71,7 +71,12 @@ impl NodeApp {
     fn plan(&self, head: &Parts) -> Result<Plan, Refusal> {
         let mut plan = Plan::default();
         if head.method == Method::POST {
-            self.next_faults.lock().pop_front().iter().chain(self.fault.lock().as_ref()).for_each(|fault| plan.add(fault));
+            self.next_faults
+                .lock()
+                .pop_front()
+                .iter()
+                .chain(self.fault.lock().as_ref())
+                .for_each(|fault| plan.add(fault));
         }
         asked_by_header(&head.headers, &mut plan).map_err(|error| Refusal::invalid(&error, None))?;
         Ok(plan)
