@@ -68,6 +68,10 @@ build: toolchain ## the release binary, target/release/tollgate
 bench: build ## measure the gateway beside a bare proxy on this machine. ARGS="..." for the load generator
 	cargo run --release --locked -p tollgate-load -- bench $(ARGS)
 
+.PHONY: benchfaults
+benchfaults: build ## let one of three nodes fail under load, each way in turn. ARGS="--rate 300 --duration 60s"
+	cargo run --release --locked -p tollgate-load -- faults $(ARGS)
+
 .PHONY: benchledger
 benchledger: testpackages toolchain ## measure a decision of the ledger, in memory and in Redis. ARGS="..." as for bench
 	cargo run --release --locked -p tollgate-load -- ledger $(ARGS)

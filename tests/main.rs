@@ -13,6 +13,7 @@ mod cancel;
 mod cli;
 mod crash;
 mod fallback;
+mod faults;
 mod itself;
 mod keys;
 mod ledger_bugs;

@@ -360,8 +360,9 @@ impl Course {
             // A cooldown of ours may be longer than what the provider said: its word is the truer one.
             return GatewayError::UpstreamRateLimited { retry_after: told.min().or_else(|| limits.min()) };
         }
-        let worst = self.tried.iter().rev().find(|tried| tried.class != Class::RateLimited);
-        if let Some(tried) = worst {
+        // That nothing could be reached is only true where nothing was.
+        let failed = || self.tried.iter().rev().filter(|tried| tried.class != Class::RateLimited);
+        if let Some(tried) = failed().find(|tried| tried.class != Class::Connect).or_else(|| failed().next()) {
             return Failure::new(tried.class, "").into_error();
         }
         if passed.contains(&Passed::Refused) {

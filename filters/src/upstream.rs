@@ -58,6 +58,9 @@ pub struct Eject {
 /// An upstream that asks for a longer rest of a node than this does not get it: a node of our own knows no hours.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
+/// Rest of a node that answers 429 again and again and names no time.
+const BUSY_REST: Duration = Duration::from_secs(1);
+
 /// Which credential takes an attempt.
 #[derive(Debug)]
 pub enum Key {
@@ -108,6 +111,7 @@ impl Upstream {
             credential.state.refused.store(false, Ordering::Relaxed);
         }
         node.state.limited.over();
+        node.state.limited_in_a_row.store(0, Ordering::Relaxed);
         node.state.in_a_row.store(0, Ordering::Relaxed);
         node.state.ejected.over()
     }
@@ -122,12 +126,12 @@ impl Upstream {
                         credential.state.refused.store(failure.class == Class::Auth, Ordering::Relaxed);
                         credential.state.rest.until(now + self.cooldown.max(told.unwrap_or_default()));
                     }
-                    // A node of ours that names no time is busy now, and who knows in a moment.
-                    None => {
-                        if let Some(told) = told {
+                    None => match told {
+                        Some(told) => {
                             node.state.limited.until(now + told.min(LONGEST_REST));
                         }
-                    }
+                        None => self.busy(node, now),
+                    },
                 }
                 false
             }
@@ -137,16 +141,46 @@ impl Upstream {
                     node.state.limited.until(now + told.min(LONGEST_REST));
                 }
                 let in_a_row = node.state.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-                let Some(eject) = self.eject else { return false };
-                let again = node.state.ejected.admits(now) != Admits::Freely;
-                if !again && (in_a_row < eject.after || !self.may_lose_one(&eject, now)) {
-                    return false;
-                }
-                node.state.ejected.until(now + eject.period);
-                !again
+                self.eject(node, in_a_row, now)
             }
             Class::ContextLength | Class::ContentFilter => false,
         }
+    }
+
+    /// A node of ours that names no time is busy now, and who knows in a moment. One that keeps saying so, and has the fewest
+    /// calls because of it, would draw all of them: it is left alone for a moment, while there are others.
+    fn busy(&self, node: &Node, now: Duration) {
+        let in_a_row = node.state.limited_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let free = |other: &&Arc<Node>| {
+            !std::ptr::eq(Arc::as_ptr(other), node) && other.weight > 0 && other.state.admits(now) == Admits::Freely
+        };
+        if self.eject.is_some_and(|eject| in_a_row >= eject.after) && self.nodes.iter().any(|other| free(&other)) {
+            node.state.limited.until(now + BUSY_REST);
+        }
+    }
+
+    /// Notes that an answer was relayed to its end.
+    pub fn finished(&self, node: &Node) {
+        node.state.broken_in_a_row.store(0, Ordering::Relaxed);
+    }
+
+    /// Notes that an answer broke off after its beginning, which had looked like a success. True if the node was taken out
+    /// by it.
+    pub fn broke_off(&self, node: &Node, now: Duration) -> bool {
+        node.state.failures.fetch_add(1, Ordering::Relaxed);
+        let in_a_row = node.state.broken_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        self.eject(node, in_a_row, now)
+    }
+
+    /// Takes a node out if it has failed that often and others are left; one that failed while it was out rests anew.
+    fn eject(&self, node: &Node, in_a_row: u32, now: Duration) -> bool {
+        let Some(eject) = self.eject else { return false };
+        let again = node.state.ejected.admits(now) != Admits::Freely;
+        if !again && (in_a_row < eject.after || !self.may_lose_one(&eject, now)) {
+            return false;
+        }
+        node.state.ejected.until(now + eject.period);
+        !again
     }
 
     /// Whether one node more may be taken out. A node that is alone may: whether it is passed over then, the plan of
@@ -281,6 +315,10 @@ pub struct NodeState {
     failures: AtomicU64,
     /// Failures since the last success.
     in_a_row: AtomicU32,
+    /// Answers of 429 that named no time, since the last success.
+    limited_in_a_row: AtomicU32,
+    /// Answers that broke off since the last whole one: each had begun like a success.
+    broken_in_a_row: AtomicU32,
     /// Its rest after too many of them.
     pub ejected: Arc<Rest>,
     /// Its rest because it asked for it.
@@ -473,6 +511,21 @@ mod tests {
     }
 
     #[test]
+    fn a_node_whose_answers_break_off_is_taken_out_though_they_began_well() {
+        let own = upstream(2, 0);
+        let begun_and_broken = |now| {
+            own.succeeded(&own.nodes[0], None);
+            own.broke_off(&own.nodes[0], now)
+        };
+        assert!(!begun_and_broken(SECOND) && !begun_and_broken(SECOND));
+        own.finished(&own.nodes[0]);
+        assert!(!begun_and_broken(SECOND) && !begun_and_broken(SECOND) && begun_and_broken(SECOND));
+        // Its rest over it begins well again, and breaks off: that is enough until an answer was whole.
+        assert!(begun_and_broken(20 * SECOND));
+        assert_eq!(own.nodes[0].state.failures(), 6);
+    }
+
+    #[test]
     fn no_more_nodes_are_out_than_the_ratio_allows() {
         let own = upstream(4, 0);
         assert!(fails(&own, 0, 3, SECOND) && fails(&own, 1, 3, SECOND));
@@ -491,6 +544,21 @@ mod tests {
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
         own.failed(&own.nodes[0], None, &limited(Some(3600 * SECOND)), SECOND);
         assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(61 * SECOND));
+    }
+
+    #[test]
+    fn a_node_of_ours_that_keeps_saying_429_rests_for_a_moment_while_there_are_others() {
+        let own = upstream(2, 0);
+        let limited = |node: usize, now| own.failed(&own.nodes[node], None, &Failure::new(Class::RateLimited, ""), now);
+        assert!(!limited(0, SECOND) && !limited(0, SECOND));
+        own.succeeded(&own.nodes[0], None);
+        assert!(!limited(0, SECOND) && !limited(0, SECOND));
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::Freely);
+        assert!(!limited(0, SECOND));
+        assert_eq!(own.nodes[0].state.admits(SECOND), Admits::NotBefore(2 * SECOND));
+        assert!((0..9).all(|_| !limited(1, SECOND)));
+        assert_eq!(own.nodes[1].state.admits(SECOND), Admits::Freely, "no other is left");
+        assert_eq!(own.nodes[0].state.failures() + own.nodes[1].state.failures(), 0);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! load share another core. Of all rounds the lowest figure counts, and all are shown.
 
 mod cpu;
+pub mod faults;
 mod gateway;
 pub mod ledger;
 pub mod outage;

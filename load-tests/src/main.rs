@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tollgate_load::bench::faults::{self, FaultsConfig};
 use tollgate_load::bench::ledger::{self, LedgerConfig};
 use tollgate_load::bench::outage::{self, OutageConfig};
 use tollgate_load::bench::{self, BenchConfig};
@@ -39,6 +40,8 @@ enum Command {
     Ledger(LedgerArgs),
     /// Measure what callers feel while Redis stands still: two gateways on one server that is stopped for a while.
     Outage(OutageArgs),
+    /// Let one of three nodes fail under load, each way in turn; fails if callers notice or the nodes get too much.
+    Faults(FaultsArgs),
 }
 
 /// Durations are written like 250us, 20ms, 1.5s or 2m.
@@ -255,6 +258,37 @@ struct OutageArgs {
     binaries: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct FaultsArgs {
+    /// The folder with the release binary; without it it is built where cargo runs this, and looked for beside it.
+    #[arg(long)]
+    binaries: Option<PathBuf>,
+    /// Do not build the gateway first.
+    #[arg(long)]
+    no_build: bool,
+    /// Calls per second.
+    #[arg(long, default_value_t = 300.0)]
+    rate: f64,
+    /// Time of each class.
+    #[arg(long, default_value = "60s", value_parser = duration)]
+    duration: Duration,
+    /// Time with three healthy nodes before each class.
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    warm: Duration,
+    /// Output tokens of a call.
+    #[arg(long, default_value_t = 20)]
+    tokens: usize,
+    /// Only this class, beside the healthy one; may be repeated.
+    #[arg(long)]
+    only: Vec<String>,
+    /// Also streams that break after their first token, with this `resume:` of the model.
+    #[arg(long, value_parser = ["continue", "replay"])]
+    resume: Option<String>,
+    /// Print JSON alone.
+    #[arg(long)]
+    json: bool,
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let at = text.find(|sign: char| sign.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
@@ -283,6 +317,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => runtime.block_on(run_bench(args)),
         Command::Ledger(args) => runtime.block_on(run_ledger(args)),
         Command::Outage(args) => runtime.block_on(run_outage(args)),
+        Command::Faults(args) => runtime.block_on(run_faults(args)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -381,9 +416,10 @@ async fn run_load(args: RunArgs) -> Result<(), String> {
     print_json(&load::run(config).await?)
 }
 
-async fn run_bench(args: BenchArgs) -> Result<(), String> {
+/// Builds the release binaries of the gateways, where cargo runs this and they are not there yet.
+fn build_gateways(built: bool) -> Result<(), String> {
     // Started by cargo: the gateways are built the same way, so that the figures are those of this source.
-    if let Some(cargo) = std::env::var_os("CARGO").filter(|_| !args.no_build && args.binaries.is_none()) {
+    if let Some(cargo) = std::env::var_os("CARGO").filter(|_| !built) {
         let build = [
             "build",
             "--release",
@@ -401,6 +437,11 @@ async fn run_bench(args: BenchArgs) -> Result<(), String> {
             return Err("the gateways do not build".to_owned());
         }
     }
+    Ok(())
+}
+
+async fn run_bench(args: BenchArgs) -> Result<(), String> {
+    build_gateways(args.no_build || args.binaries.is_some())?;
     let config = BenchConfig {
         binaries: args.binaries,
         tollgate_config: args.tollgate_config,
@@ -448,6 +489,26 @@ async fn run_outage(args: OutageArgs) -> Result<(), String> {
     let figures = outage::run(config, &mut |line| eprintln!("{line}")).await?;
     print!("{}", figures.table());
     print_json(&figures)
+}
+
+async fn run_faults(args: FaultsArgs) -> Result<(), String> {
+    build_gateways(args.no_build || args.binaries.is_some())?;
+    let config = FaultsConfig {
+        binaries: args.binaries,
+        rate: args.rate,
+        duration: args.duration,
+        warm: args.warm,
+        tokens: args.tokens,
+        only: args.only,
+        resume: args.resume,
+    };
+    let figures = faults::run(config, &mut |line| eprintln!("{line}")).await?;
+    if args.json {
+        print_json(&figures)?;
+    } else {
+        print!("{}", figures.table());
+    }
+    if figures.is_good() { Ok(()) } else { Err("callers noticed, or the nodes got too many extra requests".to_owned()) }
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), String> {

@@ -162,6 +162,7 @@ impl Node {
             engine: Arc::new(Engine::new(&config)),
             journal: Journal::new(config.records, config.record_bodies),
             fault: Mutex::new(None),
+            next_faults: Mutex::default(),
             canned,
             ids: Mutex::new(Numbers::new(rand::random())),
             config,
@@ -184,6 +185,11 @@ impl Node {
     /// Sets or clears the fault of every further POST. Probes (GET) are not touched: stop the node for that.
     pub fn set_fault(&self, fault: Option<Fault>) {
         *self.app.fault.lock() = fault;
+    }
+
+    /// Gives each of the next POSTs one of these faults, beside the one of every POST.
+    pub fn set_next_faults(&self, faults: impl IntoIterator<Item = Fault>) {
+        *self.app.next_faults.lock() = faults.into_iter().collect();
     }
 
     /// The requests seen, oldest first, those still running included.

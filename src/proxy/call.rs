@@ -180,7 +180,7 @@ async fn win(
                 pause(client, ctx, wait).await?;
                 continue;
             }
-            Step::Over(error) => return kept.ok_or(Stop::Refuse(error)),
+            Step::Over(error) => return kept.map(|first| stands(ctx, first)).ok_or(Stop::Refuse(error)),
         };
         note(ctx, course, &chosen);
         let Chosen { index, target, node, credential, guard, probes } = chosen;
@@ -200,6 +200,13 @@ async fn win(
             Ok(mut answer) => match answer.refusal.filter(|class| course.has_taker(index, *class)) {
                 None => {
                     target.upstream.succeeded(&node, credential.as_ref());
+                    // A further target that refuses as well has nothing to add to the first refusal.
+                    if let Some(first) = kept.take_if(|_| answer.status.is_client_error()) {
+                        unspent(ctx, began);
+                        let outcome = answer.refusal.map_or(Attempted::ClientError, Attempted::from);
+                        observe_attempt(ctx, &target.upstream, &node, outcome);
+                        return Ok(stands(ctx, first));
+                    }
                     return Ok(Won {
                         answer,
                         from: Source { index, target, node, credential, blameless: false, noted: false },
@@ -229,6 +236,12 @@ async fn win(
         }
         drop(probes);
     }
+}
+
+/// The refusal that was kept is the answer after all, and is told as the one of its own target.
+fn stands(ctx: &mut Ctx, first: Won) -> Won {
+    told_as(ctx, &first.from.target, &first.from.node);
+    first
 }
 
 /// The attempt cost no tokens.
@@ -284,7 +297,10 @@ async fn relay_on(
             note_failure(ctx, (&target, &node, credential.as_ref()), &failure, Attempted::Broken, began.elapsed());
         }
         Outcome::Answered if refused => observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError),
-        Outcome::Answered => observe_attempt(ctx, &target.upstream, &node, Attempted::Ok),
+        Outcome::Answered => {
+            target.upstream.finished(&node);
+            observe_attempt(ctx, &target.upstream, &node, Attempted::Ok);
+        }
         Outcome::ClientGone | Outcome::CutOff => {
             observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
         }
@@ -306,7 +322,11 @@ pub(super) fn note_failure(
 ) {
     let (target, node, credential) = toward;
     let upstream = &*target.upstream;
-    let out = upstream.failed(node, credential, failure, ctx.gateway.now());
+    let now = ctx.gateway.now();
+    let out = match outcome {
+        Attempted::Broken => upstream.broke_off(node, now),
+        _ => upstream.failed(node, credential, failure, now),
+    };
     observe_attempt(ctx, upstream, node, outcome);
     tracing::info!(
         request_id = ctx.exchange.arrival.request_id.as_str(), upstream = &*upstream.name, node = &*node.name,
@@ -342,10 +362,16 @@ pub(super) fn note(ctx: &mut Ctx, course: &Course, chosen: &Chosen) {
         ctx.gateway.metrics.fallback(&course.model().name, from, &chosen.target.upstream.name, failure.class.into());
     }
     tally.attempts = course.attempts();
-    tally.upstream = Some(Arc::clone(&chosen.target.upstream.name));
-    tally.node = Some(Arc::clone(&chosen.node.name));
-    ctx.exchange.target = Some(chosen.target.clone());
-    tally.target_model = Some(Arc::clone(&chosen.target.model));
+    told_as(ctx, &chosen.target, &chosen.node);
+}
+
+/// Headers and log tell the answer as one of this target and node.
+fn told_as(ctx: &mut Ctx, target: &Target, node: &Node) {
+    let tally = &mut ctx.exchange.tally;
+    tally.upstream = Some(Arc::clone(&target.upstream.name));
+    tally.node = Some(Arc::clone(&node.name));
+    tally.target_model = Some(Arc::clone(&target.model));
+    ctx.exchange.target = Some(target.clone());
 }
 
 pub(super) fn observe_attempt(ctx: &Ctx, upstream: &Upstream, node: &Node, outcome: Attempted) {

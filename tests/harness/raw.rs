@@ -277,6 +277,11 @@ impl Upcall {
         .await
     }
 
+    /// Ends the connection with a reset.
+    pub(crate) fn reset(self) {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("a socket option");
+    }
+
     /// Sends every byte back until the peer closes.
     pub(crate) async fn echo(mut self) {
         let mut bytes = std::mem::take(&mut self.inbox.bytes);

@@ -1,5 +1,6 @@
 //! The node's endpoints.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -33,6 +34,7 @@ pub(crate) struct NodeApp {
     pub(crate) engine: Arc<Engine>,
     pub(crate) journal: Arc<Journal>,
     pub(crate) fault: Mutex<Option<Fault>>,
+    pub(crate) next_faults: Mutex<VecDeque<Fault>>,
     pub(crate) canned: Option<Canned>,
     pub(crate) ids: Mutex<Numbers>,
 }
@@ -68,8 +70,13 @@ impl NodeApp {
     /// What the node-wide fault and the header ask for. Node-wide faults touch calls, never probes.
     fn plan(&self, head: &Parts) -> Result<Plan, Refusal> {
         let mut plan = Plan::default();
-        if let Some(fault) = self.fault.lock().as_ref().filter(|_| head.method == Method::POST) {
-            plan.add(fault);
+        if head.method == Method::POST {
+            self.next_faults
+                .lock()
+                .pop_front()
+                .iter()
+                .chain(self.fault.lock().as_ref())
+                .for_each(|fault| plan.add(fault));
         }
         asked_by_header(&head.headers, &mut plan).map_err(|error| Refusal::invalid(&error, None))?;
         Ok(plan)
@@ -239,11 +246,16 @@ async fn early(mut visit: Visit) -> Result<Visit, Response<Reply>> {
     if let Some(pause) = plan.slow_header {
         tokio::time::sleep(pause).await;
     }
-    if let Some((status, retry_after)) = plan.status {
-        return Err(Refusal::status(status, retry_after).answer(visit.call));
-    }
-    if plan.context_length {
-        return Err(Refusal::context_length().answer(visit.call));
+    let refusal = match plan.status {
+        Some((status, retry_after)) => Some(Refusal::status(status, retry_after)),
+        None if plan.context_length => Some(Refusal::context_length()),
+        None if plan.content_filter => Some(Refusal::content_filter()),
+        None => None,
+    };
+    if let Some(refusal) = refusal {
+        let mut answer = refusal.answer(visit.call);
+        answer.headers_mut().extend(visit.plan.headers);
+        return Err(answer);
     }
     if plan.error_body {
         return Err(Reply::json(StatusCode::OK, &Refusal::status(500, None).body(), visit.call));

@@ -48,6 +48,11 @@ impl Refusal {
         }
     }
 
+    pub(crate) fn content_filter() -> Self {
+        let message = "The response was filtered as the prompt triggered the content policy.";
+        Self { param: Some("prompt"), ..Self::new(400, "invalid_request_error", Some("content_filter"), message) }
+    }
+
     /// What a fault asks for by its status.
     pub(crate) fn status(status: u16, retry_after: Option<u32>) -> Self {
         let (kind, code) = match status {

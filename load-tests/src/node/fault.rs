@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use http::header::{HeaderName, HeaderValue};
+
 /// A fault, as a header `x-sim-fault`, a suffix of the model's name (`sim+429`) or [`super::Node::set_fault`] asks for it.
 /// Several are written with commas between: `slow_header:50,cut:3`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +16,10 @@ pub enum Fault {
     Status(u16, Option<u32>),
     /// `context_length`: 400 with the code `context_length_exceeded`.
     ContextLength,
+    /// `content_filter`: 400 with the code `content_filter`.
+    ContentFilter,
+    /// `header:NAME=VALUE`: a header of the error answer that another fault asks for.
+    Header(HeaderName, HeaderValue),
     /// `slow_header:MS`: the header comes so much later.
     SlowHeader(Duration),
     /// `slow_token:MS`: header and role chunk come at once, the first token so much later.
@@ -61,6 +67,8 @@ impl fmt::Display for Fault {
             Self::Status(status, None) => write!(f, "{status}"),
             Self::Status(status, Some(after)) => write!(f, "{status}:retry-after={after}"),
             Self::ContextLength => f.write_str("context_length"),
+            Self::ContentFilter => f.write_str("content_filter"),
+            Self::Header(name, value) => write!(f, "header:{name}={}", value.to_str().unwrap_or_default()),
             Self::SlowHeader(by) => write!(f, "slow_header:{}", by.as_millis()),
             Self::SlowToken(by) => write!(f, "slow_token:{}", by.as_millis()),
             Self::SlowUsage(by) => write!(f, "slow_usage:{}", by.as_millis()),
@@ -97,7 +105,8 @@ impl fmt::Display for UnknownFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "no such fault: `{}` (known: refuse, 400..599[:retry-after=SECONDS], context_length, slow_header:MS, \
+            "no such fault: `{}` (known: refuse, 400..599[:retry-after=SECONDS], context_length, content_filter, \
+             header:NAME=VALUE, slow_header:MS, \
              slow_token:MS, slow_usage:MS, cut:N, stall:N, error_after:N, garbage:N, no_done, \
              open_end, no_continue, no_usage, usage_zero, malformed, error_event, error_body, empty, crlf, comments)",
             self.0
@@ -133,6 +142,10 @@ fn one(text: &str) -> Option<Fault> {
         return (400..600).contains(&status).then_some(Fault::Status(status, after));
     }
     match word {
+        "header" => {
+            let (name, value) = value?.split_once('=')?;
+            return Some(Fault::Header(name.parse().ok()?, value.parse().ok()?));
+        }
         "slow_header" => return Some(Fault::SlowHeader(pause()?)),
         "slow_token" => return Some(Fault::SlowToken(pause()?)),
         "slow_usage" => return Some(Fault::SlowUsage(pause()?)),
@@ -148,6 +161,7 @@ fn one(text: &str) -> Option<Fault> {
         "no_done" => Fault::NoDone,
         "open_end" => Fault::OpenEnd,
         "no_continue" => Fault::NoContinue,
+        "content_filter" => Fault::ContentFilter,
         "no_usage" => Fault::NoUsage,
         "usage_zero" => Fault::UsageZero,
         "malformed" => Fault::Malformed,
@@ -167,6 +181,8 @@ pub(crate) struct Plan {
     pub(crate) refuse: bool,
     pub(crate) status: Option<(u16, Option<u32>)>,
     pub(crate) context_length: bool,
+    pub(crate) content_filter: bool,
+    pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
     pub(crate) slow_header: Option<Duration>,
     pub(crate) slow_token: Option<Duration>,
     pub(crate) slow_usage: Option<Duration>,
@@ -193,6 +209,8 @@ impl Plan {
             Fault::Refuse => self.refuse = true,
             Fault::Status(status, after) => self.status = Some((*status, *after)),
             Fault::ContextLength => self.context_length = true,
+            Fault::ContentFilter => self.content_filter = true,
+            Fault::Header(name, value) => self.headers.push((name.clone(), value.clone())),
             Fault::SlowHeader(by) => self.slow_header = Some(*by),
             Fault::SlowToken(by) => self.slow_token = Some(*by),
             Fault::SlowUsage(by) => self.slow_usage = Some(*by),
@@ -246,6 +264,8 @@ mod tests {
             "503",
             "400",
             "context_length",
+            "content_filter",
+            "429,header:retry-after-ms=250",
             "slow_header:250",
             "slow_token:100",
             "slow_usage:100",
@@ -272,7 +292,7 @@ mod tests {
 
     #[test]
     fn words_that_are_no_fault_are_named_in_the_error() {
-        for text in ["", "cut", "cut:x", "200", "429:2", "crlf:1", "nonsense", "crlf,,cut:1"] {
+        for text in ["", "cut", "cut:x", "200", "429:2", "header:x", "crlf:1", "nonsense", "crlf,,cut:1"] {
             let error = text.parse::<Fault>().unwrap_err().to_string();
             assert!(error.contains("no such fault"), "{text}: {error}");
         }
