@@ -19,6 +19,7 @@ pub(crate) mod record;
 pub(crate) mod relay;
 pub(crate) mod reply;
 pub(crate) mod upstream;
+mod wait;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -214,11 +214,15 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
     Ok(Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await)
 }
 
-/// Lets go of limit state that lies idle.
+/// Lets go of limit state that lies idle, and tells what calls gave back of their providers' grants.
 async fn sweep(gateway: Arc<Gateway>) {
     loop {
         sleep(Ledger::SWEEP).await;
         gateway.ledger.sweep();
+        let runtime = gateway.live.load_full();
+        for budget in runtime.upstreams.values().filter_map(|upstream| upstream.budget.as_ref()) {
+            budget.flush(&gateway.ledger, gateway.now()).await;
+        }
     }
 }
 

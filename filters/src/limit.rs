@@ -7,9 +7,11 @@
 //! - `dimension` the words of the configuration, `rule` a scope with its limits
 //! - `window`, `calendar` the pure state machines, time as an argument; `zone` where the days of a calendar begin
 //! - `memory` the counters of one process, `redis` those of many; `reservation` the ledger in front of the store
+//! - `bucket` what the provider of an upstream grants
 //! - `filter` where a request meets the ledger
 //! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
 
+pub mod bucket;
 mod calendar;
 pub mod clock;
 pub mod dimension;

@@ -8,6 +8,7 @@ use pingora_core::protocols::http::ServerSession;
 use tokio::time::Instant;
 use tollgate_filters::balance::Marks;
 use tollgate_filters::call::{Call, CallKind};
+use tollgate_filters::budget::Drawn;
 use tollgate_filters::course::{Chosen, Course, Step};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Result, Unavailable};
@@ -20,7 +21,7 @@ use tollgate_filters::usage::{Usage, UsageSource};
 
 use super::attempt::{self, Answer, Dispatch, End, Prompt};
 use super::leave::Client;
-use super::{Ctx, body, relay, reply};
+use super::{Ctx, body, relay, reply, wait};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
 
@@ -105,7 +106,7 @@ async fn parse(kind: CallKind, dialect: Dialect, body: &Bytes) -> Result<Call> {
 }
 
 /// How an attempt, or a wait between two, ended the call without an answer of an upstream.
-enum Stop {
+pub(super) enum Stop {
     /// Nothing more to try; this is what the client gets.
     Refuse(GatewayError),
     /// The client left.
@@ -118,11 +119,14 @@ struct Won {
     target: Target,
     node: Arc<Node>,
     credential: Option<Credential>,
+    /// What was drawn of its provider's grant.
+    drawn: Option<Drawn>,
 }
 
 async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
-    let mut course = Course::new(model, ctx.gateway.now());
+    let key = ctx.exchange.arrival.caller.as_ref().map(|caller| Arc::clone(&caller.id));
+    let mut course = Course::new(model, ctx.gateway.now()).of(key);
     let mut request = Dispatch::new(client, ctx, body, share);
     let mut watched = Client::new(client, ctx);
     let won = win(&mut watched, ctx, &mut course, &mut request).await;
@@ -159,10 +163,18 @@ async fn win(
         let chosen = match course.next(ctx.gateway.now(), marks, rand::random()) {
             Step::Attempt(chosen) => *chosen,
             Step::Wait(wait) => {
-                pause(client, ctx, wait).await?;
+                wait::pause(client, ctx, wait).await?;
+                continue;
+            }
+            Step::Queue(place) => {
+                wait::in_line(client, ctx, course, place).await?;
                 continue;
             }
             Step::Over(error) => return kept.ok_or(Stop::Refuse(error)),
+        };
+        let drawn = match wait::for_grant(client, ctx, course, &chosen).await? {
+            Ok(drawn) => drawn,
+            Err(wait::Withheld) => continue,
         };
         note(ctx, course, &chosen);
         let Chosen { index, target, node, credential, guard, probes } = chosen;
@@ -182,7 +194,7 @@ async fn win(
             Ok(mut answer) => match answer.refusal.filter(|class| course.has_taker(index, *class)) {
                 None => {
                     target.upstream.succeeded(&node, credential.as_ref());
-                    return Ok(Won { answer, target, node, credential });
+                    return Ok(Won { answer, target, node, credential, drawn });
                 }
                 Some(class) => {
                     unspent(ctx, began);
@@ -190,7 +202,7 @@ async fn win(
                     observe_attempt(ctx, &target.upstream, &node, class.into());
                     let failure = Failure::new(class, "refused; a further target may take it");
                     course.failed(index, &node, credential.as_ref(), failure);
-                    kept.get_or_insert(Won { answer, target, node, credential });
+                    kept.get_or_insert(Won { answer, target, node, credential, drawn });
                 }
             },
             Err(End::ClientGone) => {
@@ -200,6 +212,11 @@ async fn win(
             }
             Err(End::Failed(failure)) => {
                 unspent(ctx, began);
+                match drawn {
+                    Some(drawn) if failure.unprocessed => drawn.unsent(),
+                    Some(drawn) => drawn.used(0),
+                    None => {}
+                }
                 note_failure(ctx, (&target, &node, credential.as_ref()), &failure, began.elapsed());
                 course.failed(index, &node, credential.as_ref(), failure);
             }
@@ -227,25 +244,20 @@ async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
     }
 }
 
-/// Waits before a node is asked again.
-async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
-    let gateway = Arc::clone(&ctx.gateway);
-    let ended = tokio::select! {
-        biased;
-        _ = client.leaves() => Err(Stop::ClientGone),
-        () = gateway.cut.wait() => Err(Stop::Refuse(GatewayError::Unavailable(Unavailable::Draining))),
-        () = tokio::time::sleep(wait) => Ok(()),
-    };
-    ctx.exchange.tally.upstream_time += wait;
-    ended
-}
-
 /// Shows the answer; what becomes of it after its first token still tells of the node.
 async fn relay_on(client: Client<'_>, ctx: &mut Ctx, won: Won, prompt: Option<Prompt>) -> Outcome {
-    let Won { answer, target, node, credential } = won;
+    let Won { answer, target, node, credential, drawn } = won;
     let refused = answer.status.is_client_error();
     let began = answer.dispatched;
     let outcome = relay::run(client, ctx, answer, prompt).await;
+    if let Some(drawn) = drawn {
+        match &ctx.exchange.tally.usage {
+            Some(usage) => drawn.used(usage.total()),
+            None if refused => drawn.used(0),
+            // What was drawn is the best guess there is.
+            None => drop(drawn),
+        }
+    }
     match outcome {
         Outcome::BrokenOff => {
             let failure = Failure::new(Class::ServerError, "broken off after its first token");
