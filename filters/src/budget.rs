@@ -78,7 +78,7 @@ impl Budget {
     }
 
     async fn ask(&self, ledger: &Ledger, draw: Draw, now: Duration) -> (bool, Duration) {
-        let now = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
+        let now = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
         if ledger.is_shared() {
             let back = std::mem::take(&mut self.state.lock().back);
             let asked = Draw { back_requests: back.0, back_tokens: back.1, ..draw };

@@ -54,7 +54,12 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
         }
     };
     ctx.exchange.tally.bytes_in = body.len() as u64;
-    match admit(client, ctx, callee, &body).await {
+    let admitted = admit(client, ctx, callee, &body).await;
+    let standings = ctx.exchange.refused.as_ref().or_else(|| ctx.exchange.reservation.as_ref().map(|r| r.standings()));
+    if let Some(standings) = standings {
+        ctx.gateway.alerts.saw(standings);
+    }
+    match admitted {
         Ok(Flow::Next) => {}
         Ok(Flow::Answer(answer)) => return sent(reply::send(client, ctx, *answer).await),
         Err(error) => return refuse(client, ctx, &error).await,

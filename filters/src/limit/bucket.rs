@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-/// One request or token in the unit in which buckets count: what one a minute refills in a microsecond.
-const UNIT: i64 = 60_000_000;
-const MINUTE_MICROS: i64 = 60_000_000;
-
-const MOST: i64 = 100_000_000;
+/// One request or token in the unit in which buckets count: what one a minute refills in a millisecond.
+const UNIT: i64 = 60_000;
+const MINUTE: i64 = 60_000;
+/// Redis counts in doubles: levels of so much are whole numbers there too.
+const MOST: i64 = 10_000_000_000;
 
 /// What a provider grants in a minute.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -65,24 +65,24 @@ impl Lane {
         self.grant.saturating_mul(UNIT)
     }
 
-    /// The level after `micros` of refilling, with `back` given back.
-    fn refilled(self, level: i64, micros: i64, back: i64) -> i64 {
-        let level = level.saturating_add(micros.clamp(0, MINUTE_MICROS).saturating_mul(self.grant));
+    /// The level after `millis` of refilling, with `back` given back.
+    fn refilled(self, level: i64, millis: i64, back: i64) -> i64 {
+        let level = level.saturating_add(millis.clamp(0, MINUTE).saturating_mul(self.grant));
         let back = back.clamp(-MOST, MOST).saturating_mul(UNIT);
         // Who used more than a minute's grant waits no longer than two for it.
         level.saturating_add(back).clamp(-self.full(), self.full())
     }
 
-    /// What would be left after `asked`, and the delay in microseconds.
+    /// What would be left after `asked`, and the delay in milliseconds.
     fn after(self, level: i64, asked: u64) -> (i64, i64) {
-        let asked = i64::try_from(asked).unwrap_or(i64::MAX).saturating_mul(UNIT).min(self.full());
-        let after = level.saturating_sub(asked);
         if asked == 0 {
-            return (after, 0);
+            return (level, 0);
         }
         if self.grant == 0 {
-            return (after, MINUTE_MICROS);
+            return (level, MINUTE);
         }
+        let asked = i64::try_from(asked).unwrap_or(i64::MAX).saturating_mul(UNIT).min(self.full());
+        let after = level.saturating_sub(asked);
         // A call that is larger than the unspread part goes out once the bucket is full.
         let floor = self.spread.min(self.full().saturating_sub(asked));
         let lacks = floor.saturating_sub(after).max(0);
@@ -107,7 +107,7 @@ impl Grant {
     }
 }
 
-/// The buckets of one grant. Times are microseconds since any beginning.
+/// The buckets of one grant. Times are milliseconds since any beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     levels: [i64; 2],
@@ -124,6 +124,12 @@ impl Bucket {
     pub(super) fn part(levels: [i64; 2], gateways: u64, now: i64) -> Self {
         let gateways = i64::try_from(gateways.max(1)).unwrap_or(i64::MAX);
         Self { levels: levels.map(|level| level.div_euclid(gateways)), at: now }
+    }
+
+    /// What is left of requests and tokens, in units.
+    #[cfg(test)]
+    pub(super) const fn levels(&self) -> [i64; 2] {
+        self.levels
     }
 
     /// Gives back what was drawn and not used; below 0 it was more.
@@ -151,7 +157,7 @@ impl Bucket {
             let (rest, wait) = lane.after(*level, asked);
             (*left, delay) = (rest, delay.max(wait));
         }
-        let delay = Duration::from_micros(u64::try_from(delay).unwrap_or(0));
+        let delay = Duration::from_millis(u64::try_from(delay).unwrap_or(0));
         let granted = delay <= draw.wait;
         if granted {
             self.levels = after;

@@ -356,11 +356,11 @@ impl Commands {
                 let most = Grant::MOST.cast_signed();
                 command.arg(lane.grant).arg(lane.spread).arg(asked.min(Grant::MOST)).arg(back.clamp(-most, most));
             }
-            command.arg(u64::try_from(draw.wait.as_micros()).unwrap_or(MOST).min(MOST));
+            command.arg(u64::try_from(draw.wait.as_millis()).unwrap_or(MOST).min(MOST));
         });
         match reply.await?.as_slice() {
             [granted, delay, requests, tokens] => {
-                let delay = Duration::from_micros(u64::try_from(*delay).unwrap_or(0));
+                let delay = Duration::from_millis(u64::try_from(*delay).unwrap_or(0));
                 Ok((Drawn { granted: *granted == 1, delay }, [*requests, *tokens]))
             }
             _ => Err(unexpected()),
