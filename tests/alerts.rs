@@ -6,8 +6,8 @@ use hmac::{Hmac, Mac};
 use serde_json::Value;
 use sha2::Sha256;
 
-use crate::harness::{Conf, Gateway, RawNode, Upcall, WENDY, chat, fault, node, tollgate};
 use crate::harness::gateway::finish;
+use crate::harness::{Conf, Gateway, RawNode, Upcall, WENDY, chat, fault, node, tollgate};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -139,9 +139,15 @@ async fn mistakes_in_alerts_are_told() {
     let file = home.path().join("t.yaml");
     for (alert, said) in [
         ("{ when: node_dwn, webhook: 'http://a/b', secret: { env: S } }", "did you mean `node_down`?"),
-        ("{ when: { upstream_limited: 5m }, webhook: 'http://a/b', secret: { env: S } }", "did you mean `upstream_limited_for`?"),
+        (
+            "{ when: { upstream_limited: 5m }, webhook: 'http://a/b', secret: { env: S } }",
+            "did you mean `upstream_limited_for`?",
+        ),
         ("{ when: { budget_spent: 1.5 }, webhook: 'http://a/b', secret: { env: S } }", "1.5 is out of range"),
-        ("{ when: budget_spent, webhook: 'http://a/b', secret: { env: S } }", "it needs a share, like { budget_spent: 0.9 }"),
+        (
+            "{ when: budget_spent, webhook: 'http://a/b', secret: { env: S } }",
+            "it needs a share, like { budget_spent: 0.9 }",
+        ),
         ("{ when: { upstream_limited_for: 0s }, webhook: 'http://a/b', secret: { env: S } }", "a period of zero"),
         ("{ when: node_down, webhook: 'ftp://a/b', secret: { env: S } }", "not an address to post to"),
         ("{ when: node_down, webhook: '/hook', secret: { env: S } }", "not an address to post to"),

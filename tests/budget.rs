@@ -16,7 +16,11 @@ fn conf(node: &str, more: &str) -> Conf {
 #[tokio::test]
 async fn beyond_the_grant_it_is_429_with_the_time_until_there_is_room() {
     let far = node("m").await;
-    let gw = Gateway::with(&conf(&far.url(), "budget: { requests_per_minute: 6, pace_above: 1 }, pool: { concurrency: 9, queue: { wait: 1ms } }")).await;
+    let gw = Gateway::with(&conf(
+        &far.url(),
+        "budget: { requests_per_minute: 6, pace_above: 1 }, pool: { concurrency: 9, queue: { wait: 1ms } }",
+    ))
+    .await;
     for _ in 0..6 {
         gw.post(PATH).key(WENDY).json(&chat("hi")).send().await.expect(200);
     }
@@ -70,7 +74,11 @@ async fn what_the_grant_does_not_hold_goes_to_the_next_target() {
 #[tokio::test]
 async fn tokens_are_drawn_by_estimate_and_corrected_by_use() {
     let far = node("m").await;
-    let gw = Gateway::with(&conf(&far.url(), "budget: { tokens_per_minute: 1000, pace_above: 1 }, pool: { concurrency: 9, queue: { wait: 1ms } }")).await;
+    let gw = Gateway::with(&conf(
+        &far.url(),
+        "budget: { tokens_per_minute: 1000, pace_above: 1 }, pool: { concurrency: 9, queue: { wait: 1ms } }",
+    ))
+    .await;
     let mut body = chat("hi");
     body["max_tokens"] = 700.into();
     body["stop"] = serde_json::json!([]);
@@ -89,8 +97,11 @@ async fn tokens_are_drawn_by_estimate_and_corrected_by_use() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_gateways_on_one_redis_send_together_no_more_than_the_grant() {
     let (redis, far) = (Redis::start(), node("m").await);
-    let conf = conf(&far.url(), "budget: { requests_per_minute: 60, pace_above: 1 }, pool: { concurrency: 99, queue: { wait: 1ms } }")
-        .also(&format!("store: {{ replicas: 2, redis: {{ url: \"{}\", timeout: 2s }} }}", redis.url()));
+    let conf = conf(
+        &far.url(),
+        "budget: { requests_per_minute: 60, pace_above: 1 }, pool: { concurrency: 99, queue: { wait: 1ms } }",
+    )
+    .also(&format!("store: {{ replicas: 2, redis: {{ url: \"{}\", timeout: 2s }} }}", redis.url()));
     let gates = Arc::new([Gateway::with(&conf).await, Gateway::with(&conf).await]);
     let began = Instant::now();
     let one = |n: usize| {
@@ -109,8 +120,11 @@ async fn two_gateways_on_one_redis_send_together_no_more_than_the_grant() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_redis_each_gateway_has_its_part_of_the_grant() {
     let (mut redis, far) = (Redis::start(), node("m").await);
-    let conf = conf(&far.url(), "budget: { requests_per_minute: 20, pace_above: 1 }, pool: { concurrency: 99, queue: { wait: 1ms } }")
-        .also(&format!("store: {{ replicas: 2, redis: {{ url: \"{}\", timeout: 2s, when_down: open }} }}", redis.url()));
+    let conf = conf(
+        &far.url(),
+        "budget: { requests_per_minute: 20, pace_above: 1 }, pool: { concurrency: 99, queue: { wait: 1ms } }",
+    )
+    .also(&format!("store: {{ replicas: 2, redis: {{ url: \"{}\", timeout: 2s, when_down: open }} }}", redis.url()));
     let gates = [Gateway::with(&conf).await, Gateway::with(&conf).await];
     for gw in &gates {
         gw.settles("tollgate_store_up", &[], 1.0).await;

@@ -170,7 +170,8 @@ async fn the_next_target_takes_what_does_not_fit_into_the_queue() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_that_is_about_to_end_keeps_nobody_waiting() {
     let near = RawNode::start().await;
-    let mut gw = Gateway::with(&conf(&near.url(), "concurrency: 1, queue: { size: 9, wait: 60s }").server("drain: 20s")).await;
+    let mut gw =
+        Gateway::with(&conf(&near.url(), "concurrency: 1, queue: { size: 9, wait: 60s }").server("drain: 20s")).await;
     let first = ask(&gw, WENDY, "first");
     let call = near.call().await;
     let waits = ask(&gw, WENDY, "waits");

@@ -30,7 +30,6 @@ pub mod access;
 pub mod balance;
 pub mod dialect;
 pub mod limit;
-pub mod budget;
 pub mod meter;
 pub mod metrics;
 pub mod retry;

@@ -11,9 +11,9 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::balance::{Candidate, Policy, round_robin};
-use crate::budget::Budget;
 use crate::config::Secret;
 use crate::dialect::Dialect;
+use crate::limit::budget::Budget;
 use crate::retry::{Admits, Class, Failure, Probe, Rest, RetryBudget};
 
 pub use queue::{Joined, Queue, Ticket};

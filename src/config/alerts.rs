@@ -64,7 +64,9 @@ impl<'de> Deserialize<'de> for When {
 
             fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<When, A::Error> {
                 let Some(name) = map.next_key::<String>()? else {
-                    return Err(de::Error::custom("an event needs one of: upstream_limited_for, node_down, budget_spent"));
+                    return Err(de::Error::custom(
+                        "an event needs one of: upstream_limited_for, node_down, budget_spent",
+                    ));
                 };
                 let when = match name.as_str() {
                     "upstream_limited_for" => When::UpstreamLimitedFor(map.next_value()?),

@@ -216,7 +216,9 @@ impl<'de> Deserialize<'de> for Credential {
             type Value = Credential;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a secret: {env: NAME}, {file: PATH}, {credential: NAME} or plain text; with weight: N its share")
+                f.write_str(
+                    "a secret: {env: NAME}, {file: PATH}, {credential: NAME} or plain text; with weight: N its share",
+                )
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Credential, E> {

@@ -8,11 +8,11 @@ use pingora_core::protocols::http::ServerSession;
 use tokio::time::Instant;
 use tollgate_filters::balance::Marks;
 use tollgate_filters::call::{Call, CallKind};
-use tollgate_filters::budget::Drawn;
 use tollgate_filters::course::{Chosen, Course, Step};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
+use tollgate_filters::limit::budget::Drawn;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure};
@@ -207,12 +207,18 @@ async fn win(
                     observe_attempt(ctx, &target.upstream, &node, class.into());
                     let failure = Failure::new(class, "refused; a further target may take it");
                     course.failed(index, &node, credential.as_ref(), failure);
-                    kept.get_or_insert(Won { answer, target, node, credential, drawn });
+                    if let Some(drawn) = drawn {
+                        drawn.used(0);
+                    }
+                    kept.get_or_insert(Won { answer, target, node, credential, drawn: None });
                 }
             },
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
+                if let Some(drawn) = drawn.filter(|_| !ctx.exchange.tally.dispatched) {
+                    drawn.unsent();
+                }
                 return Err(Stop::ClientGone);
             }
             Err(End::Failed(failure)) => {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tollgate_filters::budget::Drawn;
 use tollgate_filters::course::{Chosen, Course, Place};
 use tollgate_filters::error::{GatewayError, Unavailable};
+use tollgate_filters::limit::budget::Drawn;
 
 use super::Ctx;
 use super::call::Stop;

@@ -12,12 +12,12 @@ use http::header::HeaderName;
 use tollgate_filters::auth::keyring::Keyring;
 use tollgate_filters::auth::{Auth, AuthConfig, Caller, Elsewhere, KeyHash, Keys, hash_key};
 use tollgate_filters::balance::{self, Policy};
-use tollgate_filters::budget::Budget;
 use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
 use tollgate_filters::limit::bucket::Grant;
+use tollgate_filters::limit::budget::Budget;
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
 use tollgate_filters::meter::exact::Tokens;
 use tollgate_filters::meter::learned::Learned;
@@ -217,11 +217,8 @@ fn queue(written: &config::Upstream, known: Option<&Arc<Upstream>>) -> Arc<Queue
 }
 
 fn grant(name: &str, written: &config::Upstream, budget: &config::Budget, known: Option<&Arc<Upstream>>) -> Budget {
-    let grant = Grant {
-        requests: budget.requests_per_minute,
-        tokens: budget.tokens_per_minute,
-        pace_above: budget.pace_above,
-    };
+    let grant =
+        Grant { requests: budget.requests_per_minute, tokens: budget.tokens_per_minute, pace_above: budget.pace_above };
     let wait = written.pool.queue.clone().unwrap_or_default().wait.0;
     Budget::new(name.into(), grant, wait, known.and_then(|u| u.budget.as_deref()))
 }

@@ -57,8 +57,8 @@ impl Lane {
     fn of(grant: Option<u64>, pace_above: f64) -> Self {
         let Some(grant) = grant else { return Self { grant: -1, spread: 0 } };
         let grant = i64::try_from(grant.min(Grant::MOST)).unwrap_or(i64::MAX);
-        let spread = (grant as f64 * (1.0 - pace_above.clamp(0.0, 1.0))) as i64;
-        Self { grant, spread: spread.saturating_mul(UNIT) }
+        let spread = (grant.saturating_mul(UNIT) as f64 * (1.0 - pace_above.clamp(0.0, 1.0))).round() as i64;
+        Self { grant, spread }
     }
 
     const fn full(self) -> i64 {
@@ -149,7 +149,8 @@ impl Bucket {
         let asked = [(draw.requests, draw.back_requests), (draw.tokens, draw.back_tokens)];
         let mut after = self.levels;
         let mut delay = 0;
-        for (((lane, level), left), (asked, back)) in lanes.into_iter().zip(&mut self.levels).zip(&mut after).zip(asked) {
+        for (((lane, level), left), (asked, back)) in lanes.into_iter().zip(&mut self.levels).zip(&mut after).zip(asked)
+        {
             if lane.grant < 0 {
                 continue;
             }

@@ -31,9 +31,10 @@ impl Check<'_> {
                 }
                 self.positive(&at.key("requests_per_minute"), budget.requests_per_minute.unwrap_or(1));
                 self.positive(&at.key("tokens_per_minute"), budget.tokens_per_minute.unwrap_or(1));
-                for (key, number) in
-                    [("requests_per_minute", budget.requests_per_minute), ("tokens_per_minute", budget.tokens_per_minute)]
-                {
+                for (key, number) in [
+                    ("requests_per_minute", budget.requests_per_minute),
+                    ("tokens_per_minute", budget.tokens_per_minute),
+                ] {
                     if number > Some(Grant::MOST) {
                         let hint = format!("the most is {}; leave it out for no limit", Grant::MOST);
                         self.error(&at.key(key), "more than can be counted", Some(hint));

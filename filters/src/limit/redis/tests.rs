@@ -360,12 +360,13 @@ proptest! {
         let remote = Remote::to(SERVER.get_or_init(|| Arc::new(Server::start())));
         let grant = Grant { requests, tokens, pace_above: f64::from(pace) / 100.0 };
         let mut now = 1_700_000_000_000;
-        let mut bucket = Bucket::full(grant, now);
+        let mut first = None;
         for (passed, requests, tokens, wait, back_requests, back_tokens) in steps {
             now += passed;
             let draw = Draw { requests, tokens, wait: Duration::from_secs(wait), back_requests, back_tokens };
             remote.at(Instant64(now.cast_unsigned() * 1_000 + 7));
             let (there, levels) = remote.wait(remote.commands.draw(&remote.connection, "far", grant, &draw));
+            let bucket = first.get_or_insert_with(|| Bucket::full(grant, now));
             let here = bucket.draw(grant, &draw, now);
             prop_assert_eq!(there, here);
             let limited = |level: i64, grant: Option<u64>| grant.map(|_| level);

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::limit::Ledger;
-use crate::limit::bucket::{Bucket, Draw, Grant};
+use super::Ledger;
+use super::bucket::{Bucket, Draw, Grant};
 
 /// The grant of an upstream and what is left of it.
 #[derive(Debug)]
