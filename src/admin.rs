@@ -139,6 +139,9 @@ async fn metrics(State(admin): State<Admin>, headers: HeaderMap) -> Response {
     gateway.metrics.set_access_dropped(gateway.access.dropped());
     let runtime = gateway.live.load();
     for upstream in runtime.upstreams.values() {
+        if upstream.queue.size() > 0 {
+            gateway.metrics.set_queue_waiting(&upstream.name, upstream.queue.waiting());
+        }
         for node in &upstream.nodes {
             if let Some(handles) = runtime.node(&upstream.name, &node.name) {
                 handles.set_inflight(node.state.inflight() as usize);

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod address;
+mod alerts;
 mod auth;
 mod check;
 mod de;
@@ -25,6 +26,7 @@ mod upstreams;
 mod words;
 
 pub(crate) use address::*;
+pub(crate) use alerts::*;
 pub(crate) use auth::*;
 pub(crate) use keys::*;
 #[allow(unused_imports, reason = "the names are the way in for everybody else")]
@@ -64,6 +66,8 @@ pub(crate) struct Document {
     pub models: BTreeMap<String, Model>,
     /// Which request goes where. The first match wins.
     pub routes: Vec<Route>,
+    /// Events that are told to a webhook. Read at start only: a change needs a restart.
+    pub alerts: Vec<Alert>,
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tollgate_filters::error::{GatewayError, Unavailable};
 use tollgate_filters::limit::Ledger;
 use tollgate_filters::metrics::Metrics;
 
+use crate::alerts::Alerts;
 use crate::runtime::Runtime;
 
 /// The process's shared state.
@@ -24,6 +25,8 @@ pub(crate) struct Gateway {
     pub(crate) ledger: Ledger,
     /// All metrics.
     pub(crate) metrics: Arc<Metrics>,
+    /// Events that are told to a webhook.
+    pub(crate) alerts: Alerts,
     /// One line per request.
     pub(crate) access: AccessLog,
     /// Bytes of all buffered bodies together.

@@ -1,6 +1,7 @@
 //! Tollgate: an AI gateway on Pingora. The whole program on one page.
 
 mod admin;
+mod alerts;
 mod cli;
 mod config;
 mod gateway;

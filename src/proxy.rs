@@ -20,6 +20,7 @@ pub(crate) mod relay;
 pub(crate) mod reply;
 pub(crate) mod resume;
 pub(crate) mod upstream;
+mod wait;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -26,6 +26,7 @@ use tollgate_filters::metrics::Metrics;
 use tracing_subscriber::EnvFilter;
 
 use crate::admin;
+use crate::alerts::{self, Alerts, Couriers};
 use crate::config::{self, Document, Loaded, Threads};
 use crate::gateway::{ByteBudget, Cut, DRAINS, Gateway};
 use crate::listen::{self, Caps, Listening};
@@ -68,6 +69,7 @@ pub(crate) struct Server {
     admin: TcpListener,
     admin_address: SocketAddr,
     access: admin::Access,
+    couriers: Couriers,
     drain: Duration,
 }
 
@@ -86,7 +88,9 @@ impl Server {
         resolve::resolve(&runtime).await;
         metrics.set_generation(runtime.generation);
         metrics.reloaded(true);
+        let (alerts, couriers) = Alerts::new(document, world, &metrics).map_err(io::Error::other)?;
         let gateway = Arc::new(Gateway {
+            alerts,
             live: ArcSwap::from_pointee(runtime),
             connector: connector(document)?,
             ledger: lasting.ledger,
@@ -116,6 +120,7 @@ impl Server {
             admin_address: admin.local_addr()?,
             admin,
             access,
+            couriers,
             drain: document.server.drain.0,
         })
     }
@@ -152,6 +157,7 @@ impl Server {
         let data = tokio::spawn(listen::serve(self.listening, Arc::clone(&self.app), stopping));
         tokio::spawn(resolve::keep_fresh(Arc::clone(&gateway)));
         tokio::spawn(sweep(Arc::clone(&gateway)));
+        alerts::start(&gateway, self.couriers);
         tokio::select! {
             _ = terminate.recv() => {
                 tracing::info!(open = gateway.open.load(Ordering::Acquire), "draining");
@@ -214,11 +220,15 @@ async fn ledger(document: &Document, world: &dyn World, metrics: &Arc<Metrics>) 
     Ok(Ledger::in_redis(&options, Arc::clone(metrics) as Arc<dyn Watch>).await)
 }
 
-/// Lets go of limit state that lies idle.
+/// Lets go of limit state that lies idle, and tells what calls gave back of their providers' grants.
 async fn sweep(gateway: Arc<Gateway>) {
     loop {
         sleep(Ledger::SWEEP).await;
         gateway.ledger.sweep();
+        let runtime = gateway.live.load_full();
+        for budget in runtime.upstreams.values().filter_map(|upstream| upstream.budget.as_ref()) {
+            budget.flush(&gateway.ledger, gateway.now()).await;
+        }
     }
 }
 

@@ -6,8 +6,10 @@
 mod harness;
 
 mod admin;
+mod alerts;
 mod auth;
 mod big_bodies;
+mod budget;
 mod call;
 mod cancel;
 mod cli;
@@ -20,6 +22,7 @@ mod ledger_bugs;
 mod limits;
 mod models;
 mod pass;
+mod queue;
 mod race;
 mod redis;
 mod redis_faults;

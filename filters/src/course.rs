@@ -12,7 +12,7 @@ use crate::dialect::Dialect;
 use crate::error::{GatewayError, Unavailable};
 use crate::model::{Model, Target};
 use crate::retry::{Admits, Class, Failure, Probe, backoff};
-use crate::upstream::{Credential, InFlight, Key, Node, Upstream};
+use crate::upstream::{Credential, InFlight, Joined, Key, Node, Ticket, Upstream};
 
 /// A rate limit is waited for if it ends within this and there is nothing else to go to.
 const SHORT: Duration = Duration::from_secs(2);
@@ -41,8 +41,32 @@ pub enum Step {
     Attempt(Box<Chosen>),
     /// Ask again after that time.
     Wait(Duration),
+    /// Wait for a slot, then tell [`Course::waited`] and ask again.
+    Queue(Box<Place>),
     /// There is no further attempt: this is the client's answer.
     Over(GatewayError),
+}
+
+/// A place in the queue of an upstream. Dropping it leaves the queue.
+#[derive(Debug)]
+pub struct Place {
+    index: usize,
+    ticket: Ticket,
+    /// The upstream that is waited for.
+    pub upstream: Arc<str>,
+    /// Since when.
+    pub since: Duration,
+    /// When to ask again if there was no slot until then.
+    pub until: Duration,
+    /// Whether the call's patience ends then.
+    pub last: bool,
+}
+
+impl Place {
+    /// Waits for a slot; `None` if there is no more hope for one. May be dropped and called again.
+    pub async fn slot(&mut self) -> Option<InFlight> {
+        self.ticket.slot().await
+    }
 }
 
 /// A node that was asked, and for which target.
@@ -91,6 +115,16 @@ pub struct Course {
     deadline: Duration,
     /// Only targets that can go on with an answer are asked.
     continuing: bool,
+    /// Whose call it is, for the order in a queue.
+    key: Option<Arc<str>>,
+    /// Until when the call waits for nodes of a target.
+    patience: SmallVec<[(usize, Duration); 2]>,
+    /// A place that is kept while something else is looked at.
+    place: Option<Box<Place>>,
+    /// A slot of a target that was waited for.
+    slot: Option<(usize, InFlight)>,
+    /// Targets that may not be asked before that time, as their provider's grant is used up.
+    withheld: SmallVec<[(usize, Duration); 2]>,
 }
 
 impl Course {
@@ -107,7 +141,18 @@ impl Course {
             again: None,
             deadline,
             continuing: false,
+            key: None,
+            patience: SmallVec::new(),
+            place: None,
+            slot: None,
+            withheld: SmallVec::new(),
         }
+    }
+
+    /// The same for a call of that key.
+    #[must_use]
+    pub fn of(self, key: Option<Arc<str>>) -> Self {
+        Self { key, ..self }
     }
 
     /// Attempts made so far.
@@ -139,6 +184,11 @@ impl Course {
         if self.attempts >= self.model.retry.attempts || self.is_final() {
             return Step::Over(self.error(now, None));
         }
+        if let Some((index, slot)) = self.slot.take()
+            && let Ok(chosen) = self.seat(index, slot, now)
+        {
+            return self.attempt(chosen);
+        }
         let mut passed: SmallVec<[Passed; 4]> = SmallVec::new();
         let mut out: SmallVec<[usize; 4]> = SmallVec::new();
         let current = self.tried.last().map_or(0, |tried| tried.target);
@@ -149,6 +199,10 @@ impl Course {
             match self.pick(index, now, marks, false) {
                 Ok(chosen) => return self.attempt(chosen),
                 Err(Passed::Out) => out.push(index),
+                Err(Passed::Full) => match self.line_up(index, now) {
+                    Ok(step) => return step,
+                    Err(reason) => passed.push(reason),
+                },
                 Err(reason) => passed.push(reason),
             }
         }
@@ -176,6 +230,20 @@ impl Course {
             }
             None => Step::Over(self.error(now, Some(&passed))),
         }
+    }
+
+    /// Notes what came of the wait that [`Step::Queue`] asked for.
+    pub fn waited(&mut self, place: Box<Place>, slot: Option<InFlight>) {
+        match slot {
+            Some(slot) => self.slot = Some((place.index, slot)),
+            None => self.place = Some(place),
+        }
+    }
+
+    /// Notes that the chosen attempt was not made, as its provider has nothing left to grant before `until`.
+    pub fn withheld(&mut self, index: usize, until: Duration) {
+        self.attempts = self.attempts.saturating_sub(1);
+        self.withheld.push((index, until));
     }
 
     /// Notes that the attempt failed.
@@ -207,7 +275,55 @@ impl Course {
             && self.model.targets.iter().skip(index + 1).any(|target| takes(target, class))
     }
 
+    /// A place in the queue of a target whose nodes are full.
+    fn line_up(&mut self, index: usize, now: Duration) -> Result<Step, Passed> {
+        let upstream = &self.model.targets.get(index).ok_or(Passed::Exhausted)?.upstream;
+        if upstream.queue.size() == 0 {
+            return Err(Passed::Full);
+        }
+        let known = self.patience.iter().find(|(at, _)| *at == index).map(|(_, until)| *until);
+        let patience = known.unwrap_or_else(|| now.saturating_add(upstream.queue.wait()).min(self.deadline));
+        if known.is_none() {
+            self.patience.push((index, patience));
+        }
+        let kept = self.place.take().filter(|place| place.index == index);
+        if now >= patience {
+            return Err(Passed::Full);
+        }
+        let fit = || upstream.nodes.iter().filter(|node| node.weight > 0 && !self.was_tried(index, node));
+        // A node whose rest ends is worth a look: the queue hands out no slot of it before somebody has tried it.
+        let rests = fit().filter_map(|node| match node.state.admits(now) {
+            Admits::NotBefore(until) if until > now => Some(until),
+            Admits::NotBefore(_) | Admits::OneCall | Admits::Freely => None,
+        });
+        let until = rests.min().unwrap_or(patience).min(patience);
+        if let Some(mut place) = kept {
+            (place.until, place.last) = (until, until == patience);
+            return Ok(Step::Queue(place));
+        }
+        let key = self.key.clone().unwrap_or_else(|| "".into());
+        match upstream.queue.join(&key, fit().map(|node| Arc::clone(&node.state)).collect()) {
+            Joined::Slot(slot) => self.seat(index, slot, now).map(|chosen| self.attempt(chosen)),
+            Joined::Waits(ticket) => {
+                let upstream = Arc::clone(&upstream.name);
+                Ok(Step::Queue(Box::new(Place { index, ticket, upstream, since: now, until, last: until == patience })))
+            }
+            Joined::Full => Err(Passed::Full),
+        }
+    }
+
+    /// An attempt on the node that a slot is of.
+    fn seat(&self, index: usize, slot: InFlight, now: Duration) -> Result<Box<Chosen>, Passed> {
+        let target = self.model.targets.get(index).ok_or(Passed::Exhausted)?;
+        let node = target.upstream.nodes.iter().find(|node| slot.is_on(node)).ok_or(Passed::Full)?;
+        if node.state.admits(now) != Admits::Freely {
+            return Err(Passed::Out);
+        }
+        self.with_key(index, node, slot, SmallVec::new(), now)
+    }
+
     fn attempt(&mut self, chosen: Box<Chosen>) -> Step {
+        self.place = None;
         self.attempts += 1;
         Step::Attempt(chosen)
     }
@@ -223,6 +339,11 @@ impl Course {
     fn may_follow(&self, index: usize, passed: &[Passed]) -> bool {
         let Some(target) = self.model.targets.get(index) else { return false };
         match &self.last {
+            // What was full is no failure: who follows it need not name it.
+            Some(failure) if passed.contains(&Passed::Full) => {
+                takes(target, failure.class)
+                    || !matches!(failure.class, Class::ContextLength | Class::ContentFilter | Class::Auth)
+            }
             Some(failure) => takes(target, failure.class),
             None => passed.iter().all(|reason| match reason {
                 Passed::Limited(_) => takes(target, Class::RateLimited),
@@ -241,8 +362,12 @@ impl Course {
     fn pick(&self, index: usize, now: Duration, marks: Marks, out: bool) -> Result<Box<Chosen>, Passed> {
         let target = self.model.targets.get(index).ok_or(Passed::Exhausted)?;
         let upstream = &target.upstream;
+        if let Some((_, until)) = self.withheld.iter().find(|(at, _)| *at == index) {
+            return Err(Passed::Limited(*until));
+        }
         let mut nodes: SmallVec<[&Arc<Node>; 16]> = SmallVec::new();
         let mut reason = Passed::Exhausted;
+        let mut full = false;
         for node in upstream.nodes.iter().filter(|node| node.weight > 0 && !self.was_tried(index, node)) {
             match (node.state.ejected.admits(now), node.state.limited.admits(now)) {
                 (_, Admits::NotBefore(until)) => reason = reason.or(Passed::Limited(until)),
@@ -263,13 +388,13 @@ impl Course {
                 reason = Passed::Out;
                 continue;
             }
-            let Some(guard) = node.state.try_enter(upstream.pool.concurrency) else {
-                reason = reason.or(Passed::Full);
+            let Some(guard) = upstream.enter(node) else {
+                full = true;
                 continue;
             };
             return self.with_key(index, node, guard, probes.unwrap_or_default(), now);
         }
-        Err(reason)
+        Err(if full { Passed::Full } else { reason })
     }
 
     fn with_key(
@@ -328,7 +453,10 @@ impl Course {
         let tried = self.tried.get(place).ok_or(Passed::Exhausted)?;
         let target = self.model.targets.get(tried.target).ok_or(Passed::Exhausted)?;
         let upstream = &target.upstream;
-        let guard = tried.node.state.try_enter(upstream.pool.concurrency).ok_or(Passed::Full)?;
+        if self.withheld.iter().any(|(at, _)| *at == tried.target) {
+            return Err(Passed::Exhausted);
+        }
+        let guard = upstream.enter(&tried.node).ok_or(Passed::Full)?;
         let (credential, probes) = match upstream.key(now) {
             Key::None => (None, SmallVec::new()),
             Key::Use(credential, probe) => (Some(credential), probe.into_iter().collect()),

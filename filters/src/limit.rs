@@ -7,9 +7,12 @@
 //! - `dimension` the words of the configuration, `rule` a scope with its limits
 //! - `window`, `calendar` the pure state machines, time as an argument; `zone` where the days of a calendar begin
 //! - `memory` the counters of one process, `redis` those of many; `reservation` the ledger in front of the store
+//! - `bucket` token buckets of what a provider grants, `budget` how an upstream draws from it
 //! - `filter` where a request meets the ledger
 //! - `headers`, `quota` what a client is told; `guess` how long an answer will probably be
 
+pub mod bucket;
+pub mod budget;
 mod calendar;
 pub mod clock;
 pub mod dimension;

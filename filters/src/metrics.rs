@@ -101,6 +101,14 @@ families! {
         "Whether a node is eligible for attempts (1) or not (0).";
     node_ejections: IntCounter = "tollgate_node_ejections_total" ["upstream", "node"] &[],
         "Times a node was put aside because its traffic failed.";
+    queue_waiting: IntGauge = "tollgate_queue_waiting" ["upstream"] &[],
+        "Calls that wait for a node of an upstream, as all of them are full.";
+    queue_wait: Histogram = "tollgate_queue_wait_seconds" ["upstream"] ANSWER,
+        "Time that calls waited for a node of an upstream, whether they got one or not.";
+    paced: Histogram = "tollgate_paced_seconds" ["upstream"] ANSWER,
+        "Delays of calls that were spread to stay within what the provider grants.";
+    alerts: IntCounter = "tollgate_alerts_total" ["result"] &[],
+        "Alerts, by what became of them: sent, failed (given up after several tries), dropped (too many were waiting).";
     prefix_hits: IntCounter = "tollgate_prefix_hits_total" ["upstream", "node"] &[],
         "Attempts sent to a node because it was known to hold the prompt's prefix.";
     cache: IntCounter = "tollgate_cache_total" ["route", "result"] &[],
@@ -244,6 +252,26 @@ impl Metrics {
     /// A stream of `model` broke, and another node was to finish it.
     pub fn resumed(&self, model: &str, result: Resumed) {
         self.shared.families.resumes.with(&[self.shared.model(model), result.as_str()]).inc();
+    }
+
+    /// How many calls wait for a node of an upstream.
+    pub fn set_queue_waiting(&self, upstream: &str, calls: usize) {
+        self.shared.families.queue_waiting.with(&[upstream]).set(signed(calls as u64));
+    }
+
+    /// A call waited so long for a node of an upstream.
+    pub fn queue_waited(&self, upstream: &str, took: Duration) {
+        self.shared.families.queue_wait.with(&[upstream]).observe(took.as_secs_f64());
+    }
+
+    /// A call was delayed so long to stay within what the provider of an upstream grants.
+    pub fn paced(&self, upstream: &str, delay: Duration) {
+        self.shared.families.paced.with(&[upstream]).observe(delay.as_secs_f64());
+    }
+
+    /// An alert came to its end. `result` is a word of the code: sent, failed or dropped.
+    pub fn alert(&self, result: &'static str) {
+        self.shared.families.alerts.with(&[result]).inc();
     }
 
     /// The limiter decided. `scope` is the kind of scope (`global`, `route`, `key`, `model`), never its name.

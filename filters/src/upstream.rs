@@ -1,5 +1,7 @@
 //! Upstreams, their nodes and credentials, and the live state of a node.
 
+mod queue;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -11,7 +13,10 @@ use smallvec::SmallVec;
 use crate::balance::{Candidate, Policy, round_robin};
 use crate::config::Secret;
 use crate::dialect::Dialect;
+use crate::limit::budget::Budget;
 use crate::retry::{Admits, Class, Failure, Probe, Rest, RetryBudget};
+
+pub use queue::{Joined, Queue, Ticket};
 
 /// A set of nodes that serve the same thing, with what is needed to talk to them.
 #[derive(Debug)]
@@ -38,6 +43,10 @@ pub struct Upstream {
     pub cooldown: Duration,
     /// Attempts beyond the calls; survives a reload.
     pub extra: Arc<RetryBudget>,
+    /// Calls that wait for one of its nodes; survives a reload.
+    pub queue: Arc<Queue>,
+    /// What its provider grants; `None` is unknown. Survives a reload.
+    pub budget: Option<Arc<Budget>>,
     /// Next turn for round robin over nodes.
     pub turn: AtomicUsize,
     /// Next turn for spreading calls over credentials.
@@ -110,10 +119,18 @@ impl Upstream {
             credential.state.rest.over();
             credential.state.refused.store(false, Ordering::Relaxed);
         }
-        node.state.limited.over();
         node.state.limited_in_a_row.store(0, Ordering::Relaxed);
         node.state.in_a_row.store(0, Ordering::Relaxed);
-        node.state.ejected.over()
+        let (limited, ejected) = (node.state.limited.over(), node.state.ejected.over());
+        if limited || ejected {
+            self.queue.fill(&node.state);
+        }
+        ejected
+    }
+
+    /// Counts a call in on a node, unless the node is full.
+    pub fn enter(&self, node: &Node) -> Option<InFlight> {
+        node.state.try_enter(self.pool.concurrency, &self.queue)
     }
 
     /// Notes a failed attempt: whoever is at fault rests. True if the node was taken out by it.
@@ -357,32 +374,62 @@ impl NodeState {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// Counts a call in until the guard is dropped.
-    pub fn enter(self: &Arc<Self>) -> InFlight {
+    /// Counts a call in until the guard is dropped, whether the node is full or not.
+    pub fn enter(self: &Arc<Self>, queue: &Arc<Queue>) -> InFlight {
         self.inflight.fetch_add(1, Ordering::Relaxed);
         self.attempts.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(self))
+        InFlight::counted(self, queue.is_used().then_some(queue))
     }
 
-    /// Counts a call in, unless that many are there already.
-    pub fn try_enter(self: &Arc<Self>, most: Option<u32>) -> Option<InFlight> {
-        let Some(most) = most else { return Some(self.enter()) };
+    /// Counts a call in, unless that many are there already. When it is over, its slot goes to the next in the queue.
+    fn try_enter(self: &Arc<Self>, most: Option<u32>, queue: &Arc<Queue>) -> Option<InFlight> {
+        let Some(most) = most else { return Some(self.enter(queue)) };
         self.inflight
             .try_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n.saturating_add(1)))
             .ok()?;
         self.attempts.fetch_add(1, Ordering::Relaxed);
-        Some(InFlight(Arc::clone(self)))
+        Some(InFlight::counted(self, Some(queue)))
     }
 }
 
-/// One call on a node; dropping it counts the call out, whatever path led there.
+/// One call on a node; dropping it counts the call out, whatever path led there, and hands its slot to the next in line.
 #[derive(Debug)]
 #[must_use]
-pub struct InFlight(Arc<NodeState>);
+pub struct InFlight(Option<Held>);
+
+#[derive(Debug)]
+struct Held {
+    node: Arc<NodeState>,
+    /// Who may wait for the slot.
+    queue: Option<Arc<Queue>>,
+}
+
+impl InFlight {
+    /// A call that was counted in.
+    fn counted(node: &Arc<NodeState>, queue: Option<&Arc<Queue>>) -> Self {
+        Self(Some(Held { node: Arc::clone(node), queue: queue.map(Arc::clone) }))
+    }
+
+    /// Whether the call is on that node.
+    pub fn is_on(&self, node: &Node) -> bool {
+        self.0.as_ref().is_some_and(|held| Arc::ptr_eq(&held.node, &node.state))
+    }
+
+    /// The call stays counted: somebody else sees to it.
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.inflight.fetch_sub(1, Ordering::Relaxed);
+        match self.0.take() {
+            Some(Held { node, queue: Some(queue) }) => queue.free(&node),
+            Some(Held { node, queue: None }) => {
+                node.inflight.fetch_sub(1, Ordering::Relaxed);
+            }
+            None => {}
+        }
     }
 }
 
@@ -393,11 +440,12 @@ mod tests {
     #[test]
     fn a_guard_counts_in_and_out_on_every_path() {
         let state = Arc::new(NodeState::default());
-        let guard = state.enter();
+        let queue = Arc::<Queue>::default();
+        let guard = state.enter(&queue);
         assert_eq!(state.inflight(), 1);
         let inner = Arc::clone(&state);
         let panicked = std::thread::spawn(move || {
-            let _guard = inner.enter();
+            let _guard = inner.enter(&queue);
             panic!("a call that dies");
         });
         assert!(panicked.join().is_err());
@@ -446,6 +494,8 @@ mod tests {
             eject: Some(Eject { after: 3, period: 10 * SECOND, max_ratio: 0.5 }),
             cooldown: 60 * SECOND,
             extra: Arc::default(),
+            queue: Arc::default(),
+            budget: None,
             turn: AtomicUsize::new(0),
             credential_turn: AtomicUsize::new(0),
         }
@@ -573,9 +623,10 @@ mod tests {
     #[test]
     fn a_full_node_takes_no_further_call() {
         let state = Arc::new(NodeState::default());
-        let first = state.try_enter(Some(1));
-        assert!(first.is_some() && state.try_enter(Some(1)).is_none());
+        let queue = Arc::default();
+        let first = state.try_enter(Some(1), &queue);
+        assert!(first.is_some() && state.try_enter(Some(1), &queue).is_none());
         drop(first);
-        assert!(state.try_enter(Some(1)).is_some());
+        assert!(state.try_enter(Some(1), &queue).is_some());
     }
 }

@@ -70,8 +70,21 @@ struct UpstreamState {
     balance: &'static str,
     /// Its credentials by their labels, never the credentials themselves.
     credentials: Vec<CredentialState>,
+    /// Its queue, if it has one.
+    queue: Option<QueueState>,
     /// Its nodes.
     nodes: Vec<NodeState>,
+}
+
+/// Where calls wait while all nodes are full.
+#[derive(Debug, Serialize, JsonSchema)]
+struct QueueState {
+    /// Calls that wait now.
+    waiting: u64,
+    /// Most calls that may wait.
+    size: u64,
+    /// Longest wait in seconds.
+    wait: f64,
 }
 
 /// A credential and how it does.
@@ -214,6 +227,11 @@ impl UpstreamState {
             dialect: upstream.dialect.as_str(),
             balance: upstream.policy.name(),
             credentials: upstream.credentials.iter().map(|credential| CredentialState::of(credential, now)).collect(),
+            queue: (upstream.queue.size() > 0).then(|| QueueState {
+                waiting: upstream.queue.waiting() as u64,
+                size: upstream.queue.size() as u64,
+                wait: upstream.queue.wait().as_secs_f64(),
+            }),
             nodes: upstream.nodes.iter().map(node).collect(),
         }
     }

@@ -11,6 +11,7 @@ use super::place::{At, Places};
 use super::problem::{Problem, Severity, suggest};
 use super::words::Allowed;
 
+mod alerts;
 mod callers;
 mod models;
 mod routes;
@@ -37,6 +38,7 @@ pub(crate) fn check(
     check.upstreams();
     check.models();
     check.routes();
+    check.alerts();
     check.unused_upstreams();
     check.unsupported();
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
-use tollgate_filters::config::{Period, SecretSource};
+use tollgate_filters::config::{Period, Secret, SecretSource};
 use tollgate_filters::dialect::Dialect;
 
 use super::address::{HostPort, NodeUrl};
@@ -33,7 +33,7 @@ pub(crate) struct Upstream {
     /// Connections, calls in flight and waiting calls, per node.
     pub pool: Pool,
     /// API keys of the provider, used in turn; 429 or 401 cools one down.
-    pub credentials: Vec<SecretSource>,
+    pub credentials: Vec<Credential>,
     /// Rest of a credential after 429 or 401, at least; a longer Retry-After wins. Default 60s.
     #[schemars(with = "Period")]
     pub cooldown: Cooldown,
@@ -194,6 +194,84 @@ impl JsonSchema for Node {
                         "weight": { "type": "integer", "minimum": 1, "default": 1, "description": "Share relative to the other nodes" }
                     }
                 }
+            ]
+        })
+    }
+}
+
+/// An API key of the provider and its share of the calls.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Credential {
+    /// The key itself.
+    pub secret: SecretSource,
+    /// Its share relative to the other credentials. Default 1.
+    pub weight: u32,
+}
+
+impl<'de> Deserialize<'de> for Credential {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        const NAMES: &[&str] = &["env", "file", "credential", "weight"];
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Credential;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "a secret: {env: NAME}, {file: PATH}, {credential: NAME} or plain text; with weight: N its share",
+                )
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Credential, E> {
+                Ok(Credential { secret: SecretSource::Plain(Secret::new(text)), weight: 1 })
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Credential, A::Error> {
+                let (mut secret, mut weight) = (None, 1);
+                while let Some(name) = map.next_key::<String>()? {
+                    let source = match name.as_str() {
+                        "weight" => {
+                            weight = map.next_value()?;
+                            continue;
+                        }
+                        "env" => SecretSource::Env(map.next_value()?),
+                        "file" => SecretSource::File(map.next_value()?),
+                        "credential" => SecretSource::Credential(map.next_value()?),
+                        other => return Err(de::Error::unknown_field(other, NAMES)),
+                    };
+                    if secret.replace(source).is_some() {
+                        return Err(de::Error::custom("a secret has just one of: env, file, credential"));
+                    }
+                }
+                let secret = secret.ok_or_else(|| de::Error::custom("a secret needs one of: env, file, credential"))?;
+                Ok(Credential { secret, weight })
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Credential {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Credential".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let one = |name: &str, text: &str| {
+            json_schema!({
+                "type": "object", "required": [name], "additionalProperties": false,
+                "properties": {
+                    (name): { "type": "string", "description": text },
+                    "weight": { "type": "integer", "minimum": 1, "default": 1, "description": "Share relative to the other credentials" }
+                }
+            })
+        };
+        json_schema!({
+            "description": "A secret and its share of the calls: {env: NAME, weight: 3}, {file: PATH}, {credential: NAME}, or plain text (warned of)",
+            "anyOf": [
+                one("env", "name of an environment variable"),
+                one("file", "path of a file"),
+                one("credential", "name of a systemd credential"),
+                { "type": "string" }
             ]
         })
     }

@@ -12,6 +12,7 @@ use tollgate_filters::course::{Chosen, Course, Step};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::error::{GatewayError, Result, Unavailable};
 use tollgate_filters::filter::Flow;
+use tollgate_filters::limit::budget::Drawn;
 use tollgate_filters::metrics::Attempted;
 use tollgate_filters::model::Target;
 use tollgate_filters::retry::{Class, Failure};
@@ -21,7 +22,7 @@ use tollgate_filters::usage::{Usage, UsageSource};
 use super::attempt::{self, Answer, Dispatch, End, Prompt};
 use super::leave::Client;
 use super::resume::Resume;
-use super::{Ctx, body, relay, reply};
+use super::{Ctx, body, relay, reply, wait};
 use crate::gateway::ByteShare;
 use crate::runtime::Callee;
 
@@ -54,7 +55,12 @@ pub(crate) async fn serve(client: &mut ServerSession, ctx: &mut Ctx, callee: &Ca
         }
     };
     ctx.exchange.tally.bytes_in = body.len() as u64;
-    match admit(client, ctx, callee, &body).await {
+    let admitted = admit(client, ctx, callee, &body).await;
+    let standings = ctx.exchange.refused.as_ref().or_else(|| ctx.exchange.reservation.as_ref().map(|r| r.standings()));
+    if let Some(standings) = standings {
+        ctx.gateway.alerts.saw(standings);
+    }
+    match admitted {
         Ok(Flow::Next) => {}
         Ok(Flow::Answer(answer)) => return sent(reply::send(client, ctx, *answer).await),
         Err(error) => return refuse(client, ctx, &error).await,
@@ -117,6 +123,8 @@ pub(super) enum Stop {
 struct Won {
     answer: Box<Answer>,
     from: Source,
+    /// What was drawn of its provider's grant.
+    drawn: Option<Drawn>,
 }
 
 /// Where an answer comes from.
@@ -137,7 +145,8 @@ pub(crate) struct Source {
 
 async fn attempts(client: &mut ServerSession, ctx: &mut Ctx, body: Bytes, share: ByteShare) -> Outcome {
     let Some(model) = ctx.exchange.model.clone() else { return refuse(client, ctx, &GatewayError::Internal).await };
-    let mut course = Course::new(model, ctx.gateway.now());
+    let key = ctx.exchange.arrival.caller.as_ref().map(|caller| Arc::clone(&caller.id));
+    let mut course = Course::new(model, ctx.gateway.now()).of(key);
     let mut request = Dispatch::new(client, ctx, body, share);
     let mut watched = Client::new(client, ctx);
     let won = win(&mut watched, ctx, &mut course, &mut request).await;
@@ -177,10 +186,18 @@ async fn win(
         let chosen = match course.next(ctx.gateway.now(), marks, rand::random()) {
             Step::Attempt(chosen) => *chosen,
             Step::Wait(wait) => {
-                pause(client, ctx, wait).await?;
+                wait::pause(client, ctx, wait).await?;
+                continue;
+            }
+            Step::Queue(place) => {
+                wait::in_line(client, ctx, course, place).await?;
                 continue;
             }
             Step::Over(error) => return kept.map(|first| stands(ctx, first)).ok_or(Stop::Refuse(error)),
+        };
+        let drawn = match wait::for_grant(client, ctx, course, &chosen).await? {
+            Ok(drawn) => drawn,
+            Err(wait::Withheld) => continue,
         };
         note(ctx, course, &chosen);
         let Chosen { index, target, node, credential, guard, probes } = chosen;
@@ -209,6 +226,7 @@ async fn win(
                     }
                     return Ok(Won {
                         answer,
+                        drawn,
                         from: Source { index, target, node, credential, blameless: false, noted: false },
                     });
                 }
@@ -218,17 +236,24 @@ async fn win(
                     observe_attempt(ctx, &target.upstream, &node, class.into());
                     let failure = Failure::new(class, "refused; a further target may take it");
                     course.failed(index, &node, credential.as_ref(), failure);
+                    if let Some(drawn) = drawn {
+                        drawn.used(0);
+                    }
                     let from = Source { index, target, node, credential, blameless: false, noted: false };
-                    kept.get_or_insert(Won { answer, from });
+                    kept.get_or_insert(Won { answer, from, drawn: None });
                 }
             },
             Err(End::ClientGone) => {
                 observe_attempt(ctx, &target.upstream, &node, Attempted::Aborted);
                 ctx.exchange.tally.upstream_time += began.elapsed();
+                if let Some(drawn) = drawn.filter(|_| !ctx.exchange.tally.dispatched) {
+                    drawn.unsent();
+                }
                 return Err(Stop::ClientGone);
             }
             Err(End::Failed(failure)) => {
                 unspent(ctx, began);
+                undrawn(drawn, &failure);
                 let outcome = failure.class.into();
                 note_failure(ctx, (&target, &node, credential.as_ref()), &failure, outcome, began.elapsed());
                 course.failed(index, &node, credential.as_ref(), failure);
@@ -242,6 +267,15 @@ async fn win(
 fn stands(ctx: &mut Ctx, first: Won) -> Won {
     told_as(ctx, &first.from.target, &first.from.node);
     first
+}
+
+/// Gives back what a failed attempt had drawn of its provider's grant: all of it, if the provider never saw the request.
+pub(super) fn undrawn(drawn: Option<Drawn>, failure: &Failure) {
+    match drawn {
+        Some(drawn) if failure.unprocessed => drawn.unsent(),
+        Some(drawn) => drawn.used(0),
+        None => {}
+    }
 }
 
 /// The attempt cost no tokens.
@@ -263,19 +297,6 @@ async fn note_prompt(ctx: &mut Ctx, body: &Bytes) {
     }
 }
 
-/// Waits before a node is asked again.
-pub(super) async fn pause(client: &mut Client<'_>, ctx: &mut Ctx, wait: Duration) -> std::result::Result<(), Stop> {
-    let gateway = Arc::clone(&ctx.gateway);
-    let ended = tokio::select! {
-        biased;
-        _ = client.leaves() => Err(Stop::ClientGone),
-        () = gateway.cut.wait() => Err(Stop::Refuse(GatewayError::Unavailable(Unavailable::Draining))),
-        () = tokio::time::sleep(wait) => Ok(()),
-    };
-    ctx.exchange.tally.upstream_time += wait;
-    ended
-}
-
 /// Shows the answer; what becomes of it after its first token still tells of the node.
 async fn relay_on(
     client: Client<'_>,
@@ -284,10 +305,18 @@ async fn relay_on(
     prompt: Option<Prompt>,
     resume: Option<Resume>,
 ) -> Outcome {
-    let Won { answer, mut from } = won;
+    let Won { answer, mut from, drawn } = won;
     let refused = answer.status.is_client_error();
     let began = answer.dispatched;
     let outcome = relay::run(client, ctx, answer, &mut from, (prompt, resume)).await;
+    if let Some(drawn) = drawn {
+        match &ctx.exchange.tally.usage {
+            Some(usage) => drawn.used(usage.total()),
+            None if refused => drawn.used(0),
+            // What was drawn is the best guess there is.
+            None => drop(drawn),
+        }
+    }
     let Source { target, node, credential, blameless, noted, .. } = from;
     match outcome {
         _ if noted => {}

@@ -143,7 +143,7 @@ pub(crate) fn peer(ctx: &mut Ctx) -> pingora_core::Result<Box<HttpPeer>> {
     tally.attempts += 1;
     tally.upstream = Some(Arc::clone(&upstream.name));
     tally.node = Some(Arc::clone(&node.name));
-    let guard = node.state.enter();
+    let guard = node.state.enter(&upstream.queue);
     passage.current = Some((node, guard));
     Ok(Box::new(peer))
 }

@@ -9,10 +9,10 @@ use tollgate_filters::meter::seam::{Seam, Way};
 use tollgate_filters::metrics::{Attempted, Resumed};
 use tollgate_filters::retry::{Class, Failure};
 
-use super::Ctx;
 use super::attempt::{self, Answer, Dispatch, End, Prompt};
 use super::call::{self, Source, Stop};
 use super::leave::Client;
+use super::{Ctx, wait};
 
 /// What it takes to finish a call elsewhere.
 pub(crate) struct Resume {
@@ -31,6 +31,15 @@ pub(crate) enum Rest {
     ClientGone,
     /// The process ends.
     CutOff,
+}
+
+impl Rest {
+    const fn of(stop: &Stop) -> Self {
+        match stop {
+            Stop::ClientGone => Self::ClientGone,
+            Stop::Refuse(_) => Self::CutOff,
+        }
+    }
 }
 
 impl Resume {
@@ -93,12 +102,20 @@ impl Resume {
         loop {
             let chosen = match self.course.next(ctx.gateway.now(), marks, rand::random()) {
                 Step::Attempt(chosen) => *chosen,
-                Step::Wait(wait) => match call::pause(client, ctx, wait).await {
+                Step::Wait(pause) => match wait::pause(client, ctx, pause).await {
                     Ok(()) => continue,
-                    Err(Stop::ClientGone) => return Rest::ClientGone,
-                    Err(Stop::Refuse(_)) => return Rest::CutOff,
+                    Err(stop) => return Rest::of(&stop),
+                },
+                Step::Queue(place) => match wait::in_line(client, ctx, &mut self.course, place).await {
+                    Ok(()) => continue,
+                    Err(stop) => return Rest::of(&stop),
                 },
                 Step::Over(_) => return Rest::Nothing,
+            };
+            let drawn = match wait::for_grant(client, ctx, &mut self.course, &chosen).await {
+                Ok(Ok(drawn)) => drawn,
+                Ok(Err(wait::Withheld)) => continue,
+                Err(stop) => return Rest::of(&stop),
             };
             let before = (ctx.exchange.target.clone(), ctx.exchange.tally.target_model.clone());
             call::note(ctx, &self.course, &chosen);
@@ -117,6 +134,8 @@ impl Resume {
             match ended {
                 Ok(answer) if answer.stream => {
                     target.upstream.succeeded(&node, credential.as_ref());
+                    // What the rest alone uses is not told apart: what was drawn is the best guess there is.
+                    drop(drawn);
                     *from = Source { index, target, node, credential, blameless: false, noted: false };
                     return Rest::Answer(answer);
                 }
@@ -130,6 +149,9 @@ impl Resume {
                         "the rest of an answer was refused"
                     );
                     call::observe_attempt(ctx, &target.upstream, &node, Attempted::ClientError);
+                    if let Some(drawn) = drawn {
+                        drawn.used(0);
+                    }
                     let failure = Failure::silent(Class::ServerError, "refused to go on");
                     self.course.failed(index, &node, credential.as_ref(), failure);
                 }
@@ -138,6 +160,7 @@ impl Resume {
                     return Rest::ClientGone;
                 }
                 Err(End::Failed(failure)) => {
+                    call::undrawn(drawn, &failure);
                     let outcome = failure.class.into();
                     call::note_failure(ctx, (&target, &node, credential.as_ref()), &failure, outcome, began.elapsed());
                     self.course.failed(index, &node, credential.as_ref(), failure);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use http::Method;
@@ -16,6 +16,8 @@ use tollgate_filters::chain::Chain;
 use tollgate_filters::config::{ConfigError, Secret, World};
 use tollgate_filters::dialect::Dialect;
 use tollgate_filters::filter::{Deps, Filter};
+use tollgate_filters::limit::bucket::Grant;
+use tollgate_filters::limit::budget::Budget;
 use tollgate_filters::limit::{Limits, RuleSet, Scope};
 use tollgate_filters::meter::OnMalformed;
 use tollgate_filters::meter::exact::Tokens;
@@ -24,7 +26,7 @@ use tollgate_filters::meter::seam::Way;
 use tollgate_filters::model::{Model, Price, Retry, Target};
 use tollgate_filters::retry::Class;
 use tollgate_filters::route::{Matcher, PathRule, Router};
-use tollgate_filters::upstream::{Credential, Eject, Node, NodeState, Pool, Timeouts, Upstream};
+use tollgate_filters::upstream::{Credential, Eject, Node, NodeState, Pool, Queue, Timeouts, Upstream};
 
 use super::{Callee, Checked, Lane, Lasting, OnAbort, Pass, Route, Runtime};
 use crate::config::{self, Allowed, Document, Toggle};
@@ -164,14 +166,14 @@ fn upstreams(
         let mut credentials = Vec::with_capacity(written.credentials.len());
         for (index, source) in written.credentials.iter().enumerate() {
             let path = format!("upstreams.{name}.credentials[{index}]");
-            let secret: Secret = source.resolve(world).map_err(|why| ConfigError::new(&*path, why))?;
+            let secret: Secret = source.secret.resolve(world).map_err(|why| ConfigError::new(&*path, why))?;
             if http::HeaderValue::from_str(secret.expose()).is_err() {
                 return Err(ConfigError::new(path, "the credential has characters that a header cannot carry"));
             }
             let label: Arc<str> = format!("{name}#{index}").into();
             let before = known.and_then(|u| u.credentials.iter().find(|c| c.secret.expose() == secret.expose()));
             let state = before.map_or_else(Arc::default, |c| Arc::clone(&c.state));
-            credentials.push(Credential { label, secret, weight: 1, state });
+            credentials.push(Credential { label, secret, weight: source.weight, state });
         }
         let timeouts = &written.timeouts;
         let upstream = Upstream {
@@ -196,12 +198,32 @@ fn upstreams(
             }),
             cooldown: written.cooldown.0.0,
             extra: known.map_or_else(Arc::default, |u| Arc::clone(&u.extra)),
+            queue: queue(written, known),
+            budget: written.budget.as_ref().map(|budget| Arc::new(grant(name, written, budget, known))),
             turn: AtomicUsize::new(0),
             credential_turn: AtomicUsize::new(0),
         };
         all.insert(name.clone(), Arc::new(upstream));
     }
     Ok(all)
+}
+
+/// The queue of an upstream; who waits in it goes on waiting under the new settings.
+fn queue(written: &config::Upstream, known: Option<&Arc<Upstream>>) -> Arc<Queue> {
+    let queue = known.map_or_else(Arc::default, |u| Arc::clone(&u.queue));
+    let (size, wait) = written.pool.queue.as_ref().map_or((0, Duration::ZERO), |q| (q.size, q.wait.0));
+    queue.set(size.saturating_mul(written.nodes.len()), wait, written.pool.concurrency);
+    for node in known.iter().flat_map(|u| &u.nodes) {
+        queue.fill(&node.state);
+    }
+    queue
+}
+
+fn grant(name: &str, written: &config::Upstream, budget: &config::Budget, known: Option<&Arc<Upstream>>) -> Budget {
+    let grant =
+        Grant { requests: budget.requests_per_minute, tokens: budget.tokens_per_minute, pace_above: budget.pace_above };
+    let wait = written.pool.queue.clone().unwrap_or_default().wait.0;
+    Budget::new(name.into(), grant, wait, known.and_then(|u| u.budget.as_deref()))
 }
 
 const fn policy(written: config::Balance) -> Policy {

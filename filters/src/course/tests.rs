@@ -50,6 +50,8 @@ fn upstream(name: &str, nodes: usize, credentials: usize) -> Upstream {
         eject: Some(Eject { after: 3, period: 10 * SECOND, max_ratio: 0.5 }),
         cooldown: 60 * SECOND,
         extra: Arc::default(),
+        queue: Arc::default(),
+        budget: None,
         turn: AtomicUsize::new(0),
         credential_turn: AtomicUsize::new(0),
     }
@@ -107,6 +109,7 @@ fn run(
                 }
                 drop(probes);
             }
+            Step::Queue(_) => panic!("no upstream here has a queue"),
             Step::Wait(wait) => {
                 now += wait;
                 seen.push(format!("{}ms", wait.as_millis()));
@@ -268,7 +271,8 @@ fn a_prompt_that_is_too_long_has_a_taker_where_a_target_takes_longer_ones() {
 fn full_nodes_are_told_as_overload() {
     let mut full = upstream("a", 1, 0);
     full.pool.concurrency = Some(1);
-    let guard = full.nodes[0].state.enter();
+    full.queue.set(0, Duration::ZERO, Some(1));
+    let guard = full.nodes[0].state.enter(&full.queue);
     let one = model(vec![target(full)]);
     let (_, error) = run(&one, SECOND, |_, _| None);
     assert_eq!(error, Some(GatewayError::Unavailable(Unavailable::Overloaded)));

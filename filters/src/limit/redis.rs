@@ -16,12 +16,13 @@ mod wire;
 
 pub(super) use wire::Wire;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 use smallvec::SmallVec;
 
+use super::bucket::{Draw, Drawn, Grant};
 use super::clock::Instant64;
 use super::memory::{LeaseId, Refusing, Renewed, Settled, TOMBSTONE};
 use super::rule::{Plan, ScopeId};
@@ -127,6 +128,7 @@ pub(super) struct Commands {
     reset: Script,
     spend: Script,
     beat: Script,
+    draw: Script,
     /// The time that the scripts are told instead of looking it up.
     #[cfg(test)]
     pub(super) now: Option<std::sync::atomic::AtomicU64>,
@@ -149,6 +151,7 @@ impl Commands {
             reset: Script::new(include_str!("redis/reset.lua"), lib),
             spend: Script::new(include_str!("redis/spend.lua"), lib),
             beat: Script::new(include_str!("redis/beat.lua"), lib),
+            draw: Script::new(include_str!("redis/draw.lua"), lib),
             #[cfg(test)]
             now: None,
         }
@@ -332,6 +335,34 @@ impl Commands {
         });
         match reply.await?.as_slice() {
             [_, lost] => Ok(u64::try_from(*lost).unwrap_or(0)),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Draws from what the provider of an upstream grants; also gives the levels that are left.
+    pub(super) async fn draw(
+        &self,
+        connection: &MultiplexedConnection,
+        upstream: &str,
+        grant: Grant,
+        draw: &Draw,
+    ) -> RedisResult<(Drawn, [i64; 2])> {
+        let [requests, tokens] = grant.lanes();
+        let reply = self.run(connection, &self.draw, |command| {
+            command.arg(3).arg(LEASES).arg(EXPIRY).arg(format!("{PREFIX}b:{upstream}"));
+            for (lane, asked, back) in
+                [(requests, draw.requests, draw.back_requests), (tokens, draw.tokens, draw.back_tokens)]
+            {
+                let most = Grant::MOST.cast_signed();
+                command.arg(lane.grant).arg(lane.spread).arg(asked.min(Grant::MOST)).arg(back.clamp(-most, most));
+            }
+            command.arg(u64::try_from(draw.wait.as_millis()).unwrap_or(MOST).min(MOST));
+        });
+        match reply.await?.as_slice() {
+            [granted, delay, requests, tokens] => {
+                let delay = Duration::from_millis(u64::try_from(*delay).unwrap_or(0));
+                Ok((Drawn { granted: *granted == 1, delay }, [*requests, *tokens]))
+            }
             _ => Err(unexpected()),
         }
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::bucket::{Bucket, Draw, Drawn, Grant};
 use super::clock::{Clock, Instant64, SystemClock};
 use super::dimension::Unit;
 use super::guess::Guesses;
@@ -91,6 +92,22 @@ impl Ledger {
     /// Whether the counters are shared by several gateways.
     pub fn is_shared(&self) -> bool {
         matches!(self.0.store, Store::Shared(_))
+    }
+
+    /// Draws from what the provider of an upstream grants to all gateways together; with it this gateway's part of what is
+    /// left, `now` being its own time. `None` if the store is away, or in memory.
+    pub async fn draw(&self, upstream: &str, grant: Grant, draw: &Draw, now: i64) -> Option<(Drawn, Bucket)> {
+        let Store::Shared(shared) = &self.0.store else { return None };
+        let (drawn, levels) = shared.draw(upstream, grant, draw).await?;
+        Some((drawn, Bucket::part(levels, shared.gateways(), now)))
+    }
+
+    /// Gateways that share the counters, this one included.
+    pub fn gateways(&self) -> u64 {
+        match &self.0.store {
+            Store::Memory(_) => 1,
+            Store::Shared(shared) => shared.gateways(),
+        }
     }
 
     /// Waits until the calls that ended are charged, at most so long: before the process ends.

@@ -11,6 +11,7 @@ const CONTRACT: &str = "tollgate_requests_total{route,model,key,code} · tollgat
     tollgate_attempts_total{upstream,node,outcome} · tollgate_fallbacks_total{model,from,to,reason} · \
     tollgate_limit_decisions_total{scope,dimension,decision} · tollgate_reservations_inflight · \
     tollgate_node_inflight{upstream,node} · tollgate_node_up{upstream,node} · tollgate_node_ejections_total{upstream,node} · \
+    tollgate_queue_waiting{upstream} · tollgate_queue_wait_seconds{upstream} · tollgate_paced_seconds{upstream} · tollgate_alerts_total{result} · \
     tollgate_prefix_hits_total{upstream,node} · tollgate_cache_total{route,result} · tollgate_store_up · \
     tollgate_store_duration_seconds{op} · tollgate_config_generation · tollgate_config_reloads_total{result} · \
     tollgate_config_last_reload_success · tollgate_streams_open · tollgate_client_aborts_total{phase} · \

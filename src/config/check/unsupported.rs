@@ -52,8 +52,6 @@ pub(in crate::config) const LACKS: &[Lack] = &[
     lack("upstreams.*.discover", Beside("nodes"), Warn, "only the nodes under `nodes` get calls"),
     lack("upstreams.*.health", Asked, Warn, "no node is probed; calls go on to the next node when one fails"),
     lack("upstreams.*.engine", Asked, Partly, "vLLM is asked for usage with every event, but no node is polled; load is what this gateway has in flight"),
-    lack("upstreams.*.budget", Asked, Warn, "the provider's own 429 is what holds calls back"),
-    lack("upstreams.*.pool.queue", Asked, Warn, "calls are refused at once while every node is full"),
     lack("routes.[].filters.cache", Asked, Warn, "every call is answered by a node"),
 ];
 

@@ -1,5 +1,7 @@
 //! Checks of `upstreams:`.
 
+use tollgate_filters::limit::bucket::Grant;
+
 use super::{At, Check};
 use crate::config::{Balance, Timeouts, Upstream};
 
@@ -16,7 +18,9 @@ impl Check<'_> {
                 self.within(&at.key("balance").key("prefix_hash").key("load_factor"), load_factor, 1.0, f64::INFINITY);
             }
             for (index, credential) in upstream.credentials.iter().enumerate() {
-                self.secret(&at.key("credentials").item(index), credential);
+                let at = at.key("credentials").item(index);
+                self.secret(&at, &credential.secret);
+                self.positive(&at.key("weight"), credential.weight);
             }
             self.lasting(&at.key("cooldown"), upstream.cooldown.0);
             if let Some(budget) = &upstream.budget {
@@ -27,6 +31,15 @@ impl Check<'_> {
                 }
                 self.positive(&at.key("requests_per_minute"), budget.requests_per_minute.unwrap_or(1));
                 self.positive(&at.key("tokens_per_minute"), budget.tokens_per_minute.unwrap_or(1));
+                for (key, number) in [
+                    ("requests_per_minute", budget.requests_per_minute),
+                    ("tokens_per_minute", budget.tokens_per_minute),
+                ] {
+                    if number > Some(Grant::MOST) {
+                        let hint = format!("the most is {}; leave it out for no limit", Grant::MOST);
+                        self.error(&at.key(key), "more than can be counted", Some(hint));
+                    }
+                }
                 self.within(&at.key("pace_above"), budget.pace_above, 0.0, 1.0);
             }
         }

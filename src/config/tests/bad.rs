@@ -85,7 +85,7 @@ xyz: 1"##,
         r##"1:1 unknown key `servr` | did you mean `server`?
 2:1 unknown key `serve` | did you mean `server`?
 3:1 unknown key `upstrems` | did you mean `upstreams`?
-4:1 unknown key `xyz` | known here: `include`, `server`, `store`, `auth`, `tiers`, `keys`, `limits`, `upstreams`, `models`, `routes`"##,
+4:1 unknown key `xyz` | known here: `include`, `server`, `store`, `auth`, `tiers`, `keys`, `limits`, `upstreams`, `models`, `routes`, `alerts`"##,
     );
 }
 

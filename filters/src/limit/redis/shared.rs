@@ -18,6 +18,7 @@ use super::share::{Outage, remember};
 use super::spent::Spent;
 use super::{Asked, Commands, Decided, Ended};
 use crate::error::{GatewayError, Refusal};
+use crate::limit::bucket::{Draw, Drawn, Grant};
 use crate::limit::clock::{Clock, Instant64, SystemClock};
 use crate::limit::memory::{LeaseId, Settled, Verdicts, clamp};
 use crate::limit::reservation::Estimate;
@@ -348,6 +349,21 @@ impl Shared {
             WhenDown::Closed => Err(GatewayError::StoreUnavailable),
             WhenDown::Open | WhenDown::Share => Ok(self.outage.load().query(plan, self.now())),
         }
+    }
+
+    /// Draws from what the provider of an upstream grants; `None` if the store is away.
+    pub(in crate::limit) async fn draw(&self, upstream: &str, grant: Grant, draw: &Draw) -> Option<(Drawn, [i64; 2])> {
+        if self.link.breaker.is_open() {
+            return None;
+        }
+        let ask =
+            |commands, connection| async move { Commands::draw(commands, &connection, upstream, grant, draw).await };
+        self.link.ask("draw", self.link.budget, ask).await
+    }
+
+    /// How many gateways were alive when the store was last heard of.
+    pub(in crate::limit) fn gateways(&self) -> u64 {
+        self.link.group().size()
     }
 
     pub(in crate::limit) async fn reset(&self, id: &ScopeId) -> Result<(), GatewayError> {

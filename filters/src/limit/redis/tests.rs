@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::server::Server;
 use super::*;
+use crate::limit::bucket::Bucket;
 use crate::limit::dimension::{Limit, Limits};
 use crate::limit::memory::model::{Subject, cases, starts, steps};
 use crate::limit::memory::{Verdicts, clamp, model};
@@ -342,5 +343,36 @@ fn scripts_that_the_server_forgot_are_sent_again() {
         remote.raw::<()>(&["SCRIPT", "FLUSH"]);
         assert!(matches!(remote.reserve(&plan, estimate, now), Verdicts::Admitted { .. }));
         assert_eq!(remote.query(&plan, now).iter().next().map(|s| s.used()), Some(used));
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(100))]
+
+    #[test]
+    fn a_grant_is_drawn_in_redis_as_in_memory(
+        (requests, tokens, pace) in
+            (proptest::option::of(0_u64..200), proptest::option::of(0_u64..10_000_000_000), 0_u32..=100),
+        steps in proptest::collection::vec(
+            (-500_i64..30_000, 0_u64..2, 0_u64..6_000_000_000, 0_u64..10, -3_i64..3, -900_000_000_i64..900_000_000), 1..40),
+    ) {
+        static SERVER: std::sync::OnceLock<Arc<Server>> = std::sync::OnceLock::new();
+        let remote = Remote::to(SERVER.get_or_init(|| Arc::new(Server::start())));
+        let grant = Grant { requests, tokens, pace_above: f64::from(pace) / 100.0 };
+        let mut now = 1_700_000_000_000;
+        let mut first = None;
+        for (passed, requests, tokens, wait, back_requests, back_tokens) in steps {
+            now += passed;
+            let draw = Draw { requests, tokens, wait: Duration::from_secs(wait), back_requests, back_tokens };
+            remote.at(Instant64(now.cast_unsigned() * 1_000 + 7));
+            let (there, levels) = remote.wait(remote.commands.draw(&remote.connection, "far", grant, &draw));
+            let bucket = first.get_or_insert_with(|| Bucket::full(grant, now));
+            let here = bucket.draw(grant, &draw, now);
+            prop_assert_eq!(there, here);
+            let limited = |level: i64, grant: Option<u64>| grant.map(|_| level);
+            let mirrored = Bucket::part(levels, 1, now);
+            prop_assert_eq!(limited(mirrored.levels()[0], grant.requests), limited(bucket.levels()[0], grant.requests));
+            prop_assert_eq!(limited(mirrored.levels()[1], grant.tokens), limited(bucket.levels()[1], grant.tokens));
+        }
     }
 }
