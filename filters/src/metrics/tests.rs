@@ -52,6 +52,10 @@ fn exercised() -> Metrics {
     metrics.resumed("chat", Resumed::Resumed);
     metrics.limit_decision("key", Dimension::RequestsPerMinute, Decision::Refused);
     metrics.set_reservations(2);
+    metrics.set_queue_waiting("near", 1);
+    metrics.queue_waited("near", Duration::ZERO);
+    metrics.paced("near", Duration::ZERO);
+    metrics.alert("sent");
     metrics.set_store_up(true);
     metrics.store_took("reserve", Duration::from_micros(300));
     metrics.set_generation(4);
